@@ -1,0 +1,403 @@
+"""The wire protocol: every message that a client can send, and the frame layout.
+
+A message is a ZeroMQ multipart message::
+
+    [b"gpuctl/1"] [msgpack map] [blob]*
+
+A client may put one empty delimiter frame in front, as a REQ socket does; the answer then starts
+with one too. Images and other large bytes travel as blobs and the map refers to them by index.
+``docs/protocol.md`` says the same for readers who write a client in another language.
+
+This module is the single place where messages are defined: both sides import it. Requests are
+plain classes; the daemon refuses unknown fields. Replies and events are maps, and a client
+ignores fields that it does not know.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import attrs
+import msgpack
+from cattrs import BaseValidationError, transform_error
+from cattrs.preconf.msgpack import make_converter
+
+from gpuctl.errors import BadRequest
+
+VERSION = b"gpuctl/1"
+SCHEMA = 1
+
+MAX_MAP_BYTES = 64 * 1024
+MAX_BLOBS = 64
+MAX_BLOB_BYTES = 256 * 1024 * 1024
+MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+MAX_ITEMS = 10_000
+MAX_DEPTH = 16
+
+Mode = Literal["wait", "abort"]
+OnParked = Literal["refuse", "wait", "reload"]
+ImageFormat = Literal["png", "webp", "raw"]
+
+type_of = type  # ``type`` is a field name below
+
+
+_ID = attrs.validators.and_(attrs.validators.min_len(1), attrs.validators.max_len(64))
+_COUNT = attrs.validators.and_(attrs.validators.ge(1), attrs.validators.le(MAX_BLOBS))
+_SEED = attrs.validators.optional(
+    attrs.validators.and_(attrs.validators.ge(0), attrs.validators.lt(2**63))
+)
+
+
+def new_id() -> str:
+    """A fresh request id: 16 random bytes as 32 hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """What every request carries. ``id`` is chosen by the client and repeated in every answer."""
+
+    op: ClassVar[str]
+    id: str = attrs.field(factory=new_id, validator=_ID)
+
+
+@attrs.frozen(kw_only=True)
+class Ping(Request):
+    """Are you there? Answers version, protocol and boot epoch."""
+
+    op = "ping"
+
+
+@attrs.frozen(kw_only=True)
+class Status(Request):
+    """The whole state: daemon, workers, models, leases, jobs."""
+
+    op = "status"
+
+
+@attrs.frozen(kw_only=True)
+class Models(Request):
+    """The catalog."""
+
+    op = "models"
+
+
+@attrs.frozen(kw_only=True)
+class Load(Request):
+    """Bring ``model`` onto its GPUs.
+
+    ``serial``: one worker after the other; ``None`` chooses: in sequence for a first load from
+    disk, all at once where the weights are parked. ``wait_s``: how long to wait for memory that
+    others hold. ``force``: also on GPUs that are leased.
+    """
+
+    op = "load"
+    model: str
+    gpus: list[int] | None = None
+    serial: bool | None = None
+    fail_fast: bool = False
+    verify: bool = False
+    fanout: bool = True
+    force: bool = False
+    wait_s: float = 0.0
+    timeout_s: float | None = None
+    progress: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Unload(Request):
+    """Free the GPUs of ``model`` (all models when ``None``), all workers at once.
+
+    ``to``: the tier that keeps the weights. ``mode``: let running jobs finish, or abort them.
+    ``suspend``: give back the CUDA context's memory as well.
+    """
+
+    op = "unload"
+    model: str | None = None
+    gpus: list[int] | None = None
+    to: Literal["host", "disk"] = "host"
+    mode: Mode = "wait"
+    suspend: bool = False
+    force: bool = False
+    timeout_s: float | None = None
+    progress: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Reload(Request):
+    """Bring parked weights back, all workers at once unless ``serial``.
+
+    ``verify`` compares a checksum of the weights on the device. ``fanout``: let GPUs share the
+    host link and exchange the halves among themselves where they can.
+    """
+
+    op = "reload"
+    model: str | None = None
+    gpus: list[int] | None = None
+    serial: bool = False
+    verify: bool = False
+    fanout: bool = True
+    force: bool = False
+    wait_s: float = 0.0
+    timeout_s: float | None = None
+    progress: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Generate(Request):
+    """Run the model's pipeline once per prompt and seed.
+
+    ``params`` are the pipeline's own call parameters. ``images`` maps a parameter to the blobs
+    that are its input image or images. Image ``k`` uses ``seed + k``; without a seed the daemon
+    draws one and says which. ``on_parked``: what to do when the weights are in host memory.
+    """
+
+    op = "generate"
+    model: str
+    params: dict[str, Any] = attrs.field(factory=dict)
+    images: dict[str, list[int]] = attrs.field(factory=dict)
+    seed: int | None = attrs.field(default=None, validator=_SEED)
+    count: int = attrs.field(default=1, validator=_COUNT)
+    format: ImageFormat = "png"
+    on_parked: OnParked = "refuse"
+    gpu: int | None = None
+    timeout_s: float | None = None
+    progress: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Cancel(Request):
+    """Cancel the request with the id ``target``: a job, a queued operation or a subscription."""
+
+    op = "cancel"
+    target: str
+
+
+@attrs.frozen(kw_only=True)
+class Subscribe(Request):
+    """Stream every event until cancelled or the client is gone."""
+
+    op = "subscribe"
+
+
+@attrs.frozen(kw_only=True)
+class LeaseAcquire(Request):
+    """Take GPUs away from the daemon's models for another program.
+
+    The answer comes when the memory is free. ``need_bytes``: free device memory the holder wants.
+    ``mode`` and ``suspend`` as in unload. ``queue_jobs``: jobs for the leased GPUs wait instead
+    of being refused. ``ttl_s``: the lease ends that long after the last renewal; a client on the
+    same host is known by its process and needs none. ``wait_s``: how long to wait behind another
+    lease; 0 refuses at once.
+    """
+
+    op = "lease_acquire"
+    gpus: list[int] | None = None
+    need_bytes: int = 0
+    mode: Mode = "wait"
+    suspend: bool = False
+    queue_jobs: bool = True
+    ttl_s: float | None = None
+    wait_s: float = 0.0
+    timeout_s: float | None = None
+    command: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class LeaseRelease(Request):
+    """End a lease; answers when what was loaded before is loaded again.
+
+    ``reload``: bring the models back. ``wait_s``: how long to wait for memory that the other
+    program still holds.
+    """
+
+    op = "lease_release"
+    lease: str
+    reload: bool = True
+    force: bool = False
+    wait_s: float = 30.0
+    timeout_s: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LeaseRenew(Request):
+    """Say that the holder of a lease with a time-to-live is alive."""
+
+    op = "lease_renew"
+    lease: str
+
+
+@attrs.frozen(kw_only=True)
+class LeaseList(Request):
+    """The leases in force and those that wait."""
+
+    op = "lease_list"
+
+
+@attrs.frozen(kw_only=True)
+class Phase(Request):
+    """Move to the declared phase ``name`` with the fewest transfers."""
+
+    op = "phase"
+    name: str
+    mode: Mode = "wait"
+    timeout_s: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LoraAdd(Request):
+    """Load the catalogued adapter ``adapter`` onto ``model`` at ``scale``."""
+
+    op = "lora_add"
+    model: str
+    adapter: str
+    scale: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class LoraRemove(Request):
+    """Take an adapter off a model."""
+
+    op = "lora_remove"
+    model: str
+    adapter: str
+
+
+@attrs.frozen(kw_only=True)
+class LoraList(Request):
+    """The adapters of a model, per worker."""
+
+    op = "lora_list"
+    model: str
+
+
+AnyRequest = (
+    Ping
+    | Status
+    | Models
+    | Load
+    | Unload
+    | Reload
+    | Generate
+    | Cancel
+    | Subscribe
+    | LeaseAcquire
+    | LeaseRelease
+    | LeaseRenew
+    | LeaseList
+    | Phase
+    | LoraAdd
+    | LoraRemove
+    | LoraList
+)
+
+REQUESTS: dict[str, type[Any]] = {cls.op: cls for cls in get_args(AnyRequest)}
+
+_converter = make_converter(forbid_extra_keys=True)
+
+
+def _strict(kind: type[Any], *also: type[Any]) -> None:
+    """Refuse to coerce: cattrs would turn the string "no" into True."""
+
+    def structure(value: Any, _: Any) -> Any:
+        if type_of(value) is not kind and type_of(value) not in also:
+            raise TypeError(f"expected {kind.__name__}, got {type_of(value).__name__}")
+        return kind(value)
+
+    _converter.register_structure_hook(kind, structure)
+
+
+for _kind in (bool, int, str):
+    _strict(_kind)
+_strict(float, int)
+
+
+def encode(message: Request | dict[str, Any], blobs: Sequence[Any] = ()) -> list[Any]:
+    """Frames for a request, a reply or an event."""
+    fields = to_map(message) if isinstance(message, Request) else message
+    return [VERSION, msgpack.packb(fields), *blobs]
+
+
+def to_map(request: Request) -> dict[str, Any]:
+    """The request as it travels: its fields and ``op``."""
+    return {"op": request.op, **_converter.unstructure(request)}
+
+
+def decode_map(frame: bytes | memoryview) -> dict[str, Any]:
+    """Unpack the map of a message within the limits.
+
+    Raises:
+        BadRequest: not a map with string keys, or larger or deeper than allowed.
+    """
+    if len(frame) > MAX_MAP_BYTES:
+        raise BadRequest(f"the map has {len(frame)} bytes; the limit is {MAX_MAP_BYTES}")
+    fields = _unpack(frame)
+    if not isinstance(fields, dict):
+        raise BadRequest("the second frame must be a msgpack map")
+    return fields
+
+
+def _unpack(frame: bytes | memoryview) -> Any:
+    try:
+        value = msgpack.unpackb(
+            frame,
+            strict_map_key=True,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_ext_len=0,
+        )
+        _check_size(value)
+    except (ValueError, TypeError, msgpack.UnpackException) as broken:
+        raise BadRequest(f"not readable as msgpack: {broken or type(broken).__name__}") from None
+    return value
+
+
+def _check_size(value: Any) -> None:
+    """Bound depth and total count: a megabyte of empty arrays unpacks to 77 MB."""
+    level, items = [value], 0
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+        items += len(level)
+        if items > MAX_ITEMS:
+            raise ValueError(f"more than {MAX_ITEMS} items")
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH}")
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []
+
+
+def request_from_map(fields: dict[str, Any]) -> Any:
+    """The typed request (one of :data:`AnyRequest`) for a decoded map.
+
+    Raises:
+        BadRequest: unknown operation, unknown, missing or ill-typed field; names the field.
+    """
+    op = fields.get("op")
+    cls = REQUESTS.get(op) if isinstance(op, str) else None
+    if cls is None:
+        raise BadRequest(f"unknown operation {op!r}", f"one of {', '.join(REQUESTS)}")
+    try:
+        return _converter.structure({k: v for k, v in fields.items() if k != "op"}, cls)
+    except BaseValidationError as invalid:
+        raise BadRequest(f"{op}: {'; '.join(transform_error(invalid, path='request'))}") from None
+
+
+def decode_reply(frames: Sequence[Any]) -> tuple[dict[str, Any], list[bytes]]:
+    """Map and blobs of a reply or an event, without the limits that guard the daemon.
+
+    Raises:
+        BadRequest: another protocol version, or not a message of this protocol.
+    """
+    if len(frames) < 2 or bytes(frames[0]) != VERSION:
+        raise BadRequest("the daemon speaks another protocol", f"this client speaks {VERSION!r}")
+    fields = msgpack.unpackb(frames[1])
+    if not isinstance(fields, dict):
+        raise BadRequest("the daemon's answer is not a map")
+    return fields, [bytes(frame) for frame in frames[2:]]
