@@ -19,9 +19,9 @@
     ├── Timeout                 timeout             124
     ├── Cancelled               cancelled           130
     ├── BadModel                bad_model             1   missing, damaged or refused model files
-    ├── WorkerLost              worker_lost           1   the worker's process ended under the request
+    ├── WorkerLost              worker_lost           1   the worker's process ended meanwhile
     ├── WorkerFailed            worker_failed         1   the worker is out of its restart budget
-    ├── GpuFault                gpu_fault             1   a sticky CUDA error; the worker is replaced
+    ├── GpuFault                gpu_fault             1   a sticky CUDA error: worker replaced
     └── Corrupt                 corrupt               1   a checksum of weights does not match
 
 The code travels on the wire and never changes; the exit status is what ``gpuctl`` leaves with.
