@@ -43,9 +43,9 @@ ImageFormat = Literal["png", "webp", "raw"]
 type_of = type  # ``type`` is a field name below
 
 
-_ID = [attrs.validators.min_len(1), attrs.validators.max_len(64)]
-_COUNT = [attrs.validators.ge(1), attrs.validators.le(MAX_BLOBS)]
-_SEED = attrs.validators.optional([attrs.validators.ge(0), attrs.validators.lt(2**63)])
+_ID: list[Any] = [attrs.validators.min_len(1), attrs.validators.max_len(64)]
+_COUNT: list[Any] = [attrs.validators.ge(1), attrs.validators.le(MAX_BLOBS)]
+_SEED: Any = attrs.validators.optional([attrs.validators.ge(0), attrs.validators.lt(2**63)])
 
 
 def new_id() -> str:
