@@ -1,0 +1,346 @@
+"""Leases: GPUs handed to another program, and the way back.
+
+waiting -> unloading -> held -> reloading -> gone. A lease begins with an unload and ends with a
+reload of exactly what was loaded before, after the other program's memory is gone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuctl.errors import (
+    BadRequest,
+    Busy,
+    DeviceMemory,
+    GpuctlError,
+    Leased,
+    Timeout,
+)
+from gpuctl.protocol import LeaseAcquire, LeaseRelease, LeaseRenew
+from gpuctl.residency import Tier
+from gpuctld.fleet import moves, placement, report
+from gpuctld.fleet.effects import Answer, Send, UnwatchProcess, WatchProcess
+from gpuctld.fleet.events import Requested
+from gpuctld.fleet.state import FleetState, Lease, LeaseState, Operation, Purpose, Step, Worker
+from gpuctld.messages import Probe
+
+REMOTE_TTL_S = 15.0
+RELOAD_WAIT_S = 30.0
+
+
+def acquire(fleet: FleetState, event: Requested, now: float) -> None:
+    """Take a lease, or stand in line for one.
+
+    Raises:
+        UnknownGpu: no such GPU.
+        DeviceMemory: ``need_bytes`` exceeds a card.
+        Leased: another lease is in force or first in line, and the caller does not wait.
+    """
+    request: LeaseAcquire = event.request
+    workers = fleet.select(request.gpus)
+    _check_size(workers, request.need_bytes)
+    lease = _new(request, event, [worker.gpu for worker in workers], now)
+    _refuse_conflict(fleet, lease, request.wait_s)
+    fleet.leases[lease.id] = lease
+    if lease.holder.pid:
+        fleet.emit(WatchProcess(lease.id, lease.holder.pid))
+    _publish(fleet, lease)
+
+
+def _new(request: LeaseAcquire, event: Requested, gpus: list[int], now: float) -> Lease:
+    ttl = request.ttl_s if request.ttl_s or event.peer.pid else REMOTE_TTL_S
+    return Lease(
+        id=request.id,
+        gpus=gpus,
+        client=event.client,
+        holder=event.peer,
+        command=request.command,
+        need_bytes=request.need_bytes,
+        abort_jobs=request.mode == "abort",
+        suspend=request.suspend,
+        queue_jobs=request.queue_jobs,
+        ttl_s=ttl,
+        asked_at=now,
+        renewed_at=now,
+        wait_until=now + request.wait_s,
+        deadline=float("inf") if request.timeout_s is None else now + request.timeout_s,
+    )
+
+
+def _check_size(workers: list[Worker], need: int) -> None:
+    for worker in workers:
+        total = worker.memory["total"]
+        if total and need > total:
+            raise DeviceMemory(
+                f"gpu {worker.gpu} has {placement.gib(total)} in all; {placement.gib(need)} asked"
+            )
+
+
+def _refuse_conflict(fleet: FleetState, lease: Lease, wait_s: float) -> None:
+    other = _ahead(fleet, lease)
+    if other is not None and wait_s <= 0:
+        raise Leased(
+            f"gpu {_shared(other, lease)} is leased to pid {other.holder.pid} "
+            f"{other.command}".rstrip(),
+            "wait for it with --wait 60s",
+        )
+
+
+def _ahead(fleet: FleetState, lease: Lease) -> Lease | None:
+    """The lease that goes first on a GPU of this one: in force, or asked for earlier."""
+    for other in fleet.leases.values():
+        if other is lease:
+            return None
+        if set(other.gpus) & set(lease.gpus):
+            return other
+    return None
+
+
+def _shared(one: Lease, other: Lease) -> int:
+    return min(set(one.gpus) & set(other.gpus))
+
+
+# --- beginning ------------------------------------------------------------------------------
+
+
+def advance(fleet: FleetState, now: float) -> None:
+    """Begin the leases that are first in line on all their GPUs; expire those that waited."""
+    for lease in list(fleet.leases.values()):
+        if lease.state is LeaseState.PROBING and now >= lease.probe_at:
+            _probe(fleet, lease, now)
+        if lease.state is not LeaseState.WAITING:
+            continue
+        if _ahead(fleet, lease) is None:
+            _begin(fleet, lease, now)
+        elif now >= min(lease.wait_until, lease.deadline):
+            waited = now - lease.asked_at
+            _refuse(fleet, lease, Timeout(f"the GPUs were not free in {waited:.1f} s"))
+
+
+def _begin(fleet: FleetState, lease: Lease, now: float) -> None:
+    workers = fleet.select(lease.gpus)
+    lease.restore = {worker.gpu: _loaded(worker) for worker in workers}
+    lease.state = LeaseState.UNLOADING
+    steps = moves.unload_steps(workers, f"begin-{lease.id}", Tier.HOST, None)
+    for step in steps:
+        step.suspend = lease.suspend
+    operation = Operation(
+        f"begin-{lease.id}",
+        "unload",
+        steps,
+        now,
+        purpose=Purpose.LEASE_BEGIN,
+        lease=lease.id,
+        abort_jobs=lease.abort_jobs,
+        deadline=lease.deadline,
+    )
+    moves.begin(fleet, operation)
+    _publish(fleet, lease)
+
+
+def _loaded(worker: Worker) -> list[str]:
+    return [name for name, tier in worker.wanted.items() if tier is Tier.DEVICE]
+
+
+def operation_ended(fleet: FleetState, operation: Operation, now: float) -> None:
+    """The unload before, or the reload after, a lease is over."""
+    lease = fleet.leases.get(operation.lease)
+    if lease is None:
+        return
+    if operation.purpose is Purpose.LEASE_BEGIN:
+        _unloaded(fleet, lease, operation, now)
+    elif operation.purpose is Purpose.LEASE_END:
+        _reloaded(fleet, lease, operation, now)
+
+
+def _unloaded(fleet: FleetState, lease: Lease, operation: Operation, now: float) -> None:
+    lease.unload_rows = [step.row for step in operation.steps if step.row is not None]
+    error = report.summary_error(lease.unload_rows)
+    if error is not None:
+        _give_up(fleet, lease, error, now)
+    elif lease.ended_because:  # its holder died while the GPUs were being emptied
+        end(fleet, lease, now, RELOAD_WAIT_S)
+    elif lease.need_bytes:
+        _probe(fleet, lease, now)
+    else:
+        _hold(fleet, lease, now)
+
+
+def _probe(fleet: FleetState, lease: Lease, now: float) -> None:
+    """Ask the driver whether what the holder needs is really free."""
+    lease.state = LeaseState.PROBING
+    lease.probes = {}
+    lease.probe_at = now + moves.REPROBE_S
+    for gpu in lease.gpus:
+        fleet.emit(Send(gpu, Probe(task=lease.id)))
+
+
+def probed(fleet: FleetState, lease_id: str, gpu: int, probe: dict[str, Any], now: float) -> None:
+    """A worker has sampled its device for a lease that needs a certain amount."""
+    lease = fleet.leases.get(lease_id)
+    if lease is None or lease.state is not LeaseState.PROBING:
+        return
+    lease.probes[gpu] = probe
+    if len(lease.probes) < len(lease.gpus):
+        return
+    shortages = (
+        placement.shortage(fleet.workers[each], lease.need_bytes, sample)
+        for each, sample in lease.probes.items()
+    )
+    short = next((error for error in shortages if error is not None), None)
+    if short is None:
+        _hold(fleet, lease, now)
+    elif now >= min(lease.wait_until, lease.deadline):
+        _give_up(fleet, lease, short.to_map(), now)
+
+
+def _give_up(fleet: FleetState, lease: Lease, error: dict[str, Any], now: float) -> None:
+    lease.ended_because = error["message"]
+    reply = _reply(lease.id, "lease_acquire", lease, now, workers=lease.unload_rows)
+    fleet.emit(Answer(lease.id, {**reply, "ok": False, "error": error}))
+    end(fleet, lease, now, RELOAD_WAIT_S)
+
+
+def _hold(fleet: FleetState, lease: Lease, now: float) -> None:
+    lease.state = LeaseState.HELD
+    lease.renewed_at = now
+    names = [fleet.workers[gpu].device for gpu in lease.gpus]
+    visible = ",".join(device.uuid for device in names if device.is_cuda)
+    _publish(fleet, lease)
+    fields = {"workers": lease.unload_rows, "cuda_visible_devices": visible}
+    fleet.emit(Answer(lease.id, _reply(lease.id, "lease_acquire", lease, now, **fields)))
+
+
+def _refuse(fleet: FleetState, lease: Lease, error: GpuctlError) -> None:
+    _forget(fleet, lease)
+    reply = report.reply(lease.id, "lease_acquire", workers=[], duration_s=0.0)
+    fleet.emit(Answer(lease.id, {**reply, "ok": False, "error": error.to_map()}))
+
+
+# --- ending ---------------------------------------------------------------------------------
+
+
+def release(fleet: FleetState, event: Requested, now: float) -> None:
+    """End a lease on request; the answer comes when the models are back.
+
+    Raises:
+        BadRequest: no such lease, or another user's without ``force``.
+        Busy: it is not held yet, or is being ended.
+    """
+    request: LeaseRelease = event.request
+    lease = _find(fleet, request.lease)
+    if event.peer.uid != lease.holder.uid and not request.force:
+        raise BadRequest(
+            f"lease {lease.id} belongs to user {lease.holder.uid}", "--force ends it all the same"
+        )
+    if lease.state is LeaseState.WAITING:
+        _refuse(fleet, lease, Busy("released while it waited"))
+        fleet.emit(Answer(request.id, _reply(request.id, "lease_release", lease, now, workers=[])))
+        return
+    if lease.state is not LeaseState.HELD:
+        raise Busy(f"lease {lease.id} is {lease.state}")
+    lease.release_request = request.id
+    if not request.reload:
+        lease.restore = {}
+    end(fleet, lease, now, request.wait_s)
+
+
+def _find(fleet: FleetState, lease_id: str) -> Lease:
+    if lease_id not in fleet.leases:
+        raise BadRequest(f"no lease {lease_id!r}", "gpuctl lease list")
+    return fleet.leases[lease_id]
+
+
+def end(fleet: FleetState, lease: Lease, now: float, wait_s: float) -> None:
+    """Bring back what was loaded, when the other program's memory is gone."""
+    lease.state = LeaseState.RELOADING
+    id_ = f"end-{lease.id}"
+    steps = [
+        Step(gpu, model, Tier.DEVICE, id_)
+        for gpu, names in lease.restore.items()
+        for model in names
+    ]
+    operation = Operation(
+        id_,
+        "reload",
+        [step for step in steps if step.model in fleet.catalog],
+        now,
+        purpose=Purpose.LEASE_END,
+        lease=lease.id,
+        wait_until=now + wait_s,
+    )
+    moves.begin(fleet, operation)
+    _publish(fleet, lease)
+
+
+def _reloaded(fleet: FleetState, lease: Lease, operation: Operation, now: float) -> None:
+    rows = [step.row for step in operation.steps if step.row is not None]
+    error = report.summary_error(rows)
+    for row in rows:
+        if row["error"] is not None:
+            fleet.workers[row["gpu"]].holding(row["model"]).error = row["error"]
+    _forget(fleet, lease)
+    if lease.release_request:
+        reply = _reply(lease.release_request, "lease_release", lease, now, workers=rows)
+        reply["duration_s"] = now - operation.accepted_at
+        fleet.emit(Answer(lease.release_request, {**reply, "ok": error is None, "error": error}))
+
+
+def _forget(fleet: FleetState, lease: Lease) -> None:
+    fleet.leases.pop(lease.id, None)
+    fleet.emit(UnwatchProcess(lease.id))
+    fleet.publish("lease", lease=lease.id, gpus=lease.gpus, state="ended")
+
+
+def holder_died(fleet: FleetState, lease_id: str, now: float) -> None:
+    """The process that took the lease is gone; its GPUs come back."""
+    lease = fleet.leases.get(lease_id)
+    if lease is None or lease.state is LeaseState.RELOADING:
+        return
+    lease.ended_because = "its holder ended"
+    if lease.state is LeaseState.WAITING:
+        _forget(fleet, lease)
+    elif lease.state in {LeaseState.HELD, LeaseState.PROBING}:
+        end(fleet, lease, now, RELOAD_WAIT_S)
+
+
+def client_gone(fleet: FleetState, client: bytes, now: float) -> None:
+    """A connection has ended: leases that only wait go with it."""
+    for lease in [each for each in fleet.leases.values() if each.client == client]:
+        if lease.state is LeaseState.WAITING:
+            holder_died(fleet, lease.id, now)
+
+
+def renew(fleet: FleetState, request: LeaseRenew, now: float) -> dict[str, Any]:
+    """The holder lives.
+
+    Raises:
+        BadRequest: no such lease.
+    """
+    lease = _find(fleet, request.lease)
+    lease.renewed_at = now
+    return _reply(request.id, request.op, lease, now)
+
+
+def expire(fleet: FleetState, now: float) -> None:
+    """End leases whose holder has not renewed them in time."""
+    for lease in list(fleet.leases.values()):
+        late = lease.ttl_s is not None and now >= lease.renewed_at + lease.ttl_s
+        if late and lease.state is LeaseState.HELD:
+            lease.ended_because = "not renewed"
+            end(fleet, lease, now, RELOAD_WAIT_S)
+
+
+def listing(fleet: FleetState, now: float) -> list[dict[str, Any]]:
+    """All leases, those in force first."""
+    ordered = sorted(fleet.leases.values(), key=lambda lease: not lease.active)
+    return [report.lease(lease, now) for lease in ordered]
+
+
+def _reply(id_: str, op: str, lease: Lease, now: float, **fields: Any) -> dict[str, Any]:
+    document = report.lease(lease, now)
+    return report.reply(id_, op, lease=document, duration_s=now - lease.asked_at, **fields)
+
+
+def _publish(fleet: FleetState, lease: Lease) -> None:
+    fleet.publish("lease", lease=lease.id, gpus=lease.gpus, state=str(lease.state))

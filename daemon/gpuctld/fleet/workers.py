@@ -1,0 +1,153 @@
+"""Watching the workers: hello, beats, deadlines, deaths and the way back."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from gpuctl.errors import GpuctlError, GpuFault, WorkerLost
+from gpuctl.residency import Residency, WorkerState
+from gpuctld.fleet import jobs, moves
+from gpuctld.fleet.effects import Send, Signal, Spawn
+from gpuctld.fleet.state import FleetState, Task, Worker
+from gpuctld.messages import CancelTask, Hello
+
+SILENCE_S = 10.0
+"""Without a beat for that long the process is stopped or holds its interpreter lock."""
+
+STRIKE_S = 10.0
+"""Between cancel, SIGTERM and SIGKILL: hard kills have frozen GPUs, so they come last."""
+
+HEALTHY_S = 600.0
+MAX_FUTILE_STARTS = 3
+
+_AT_ONCE_S = 0.5
+
+
+def hello(fleet: FleetState, worker: Worker, message: Hello, now: float) -> None:
+    """A worker is up: ready, and its models come back."""
+    worker.pid = message.pid
+    heard(worker, message.memory, now)
+    fleet.set_worker(worker, WorkerState.READY, "", now)
+    moves.restore(fleet, worker, now)
+
+
+def heard(worker: Worker, memory: dict[str, int], now: float) -> None:
+    """A sign of life with a sample of the device's memory."""
+    worker.memory, worker.heard_at = memory, now
+
+
+def died(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
+    """The process has ended: settle its task, then restart it after a while."""
+    task, worker.task = worker.task, None
+    starting = worker.state is WorkerState.STARTING
+    loading = task is not None and task.step is not None
+    for held in worker.models.values():
+        held.state = Residency.ABSENT
+    if starting or loading:
+        worker.futile_starts += 1
+    if task is not None:
+        _settle(fleet, worker, task, reason, now)
+    _plan_restart(fleet, worker, reason, now)
+
+
+def _settle(fleet: FleetState, worker: Worker, task: Task, reason: str, now: float) -> None:
+    error = WorkerLost(f"the worker of gpu {worker.gpu} ended: {reason}", "it comes back by itself")
+    _fail_task(fleet, worker, task, error, now)
+
+
+def _fail_task(
+    fleet: FleetState, worker: Worker, task: Task, error: GpuctlError, now: float
+) -> None:
+    if task.step is not None:
+        moves.lost(fleet, worker, task.step, error, now)
+    elif task.job is not None:
+        jobs.failed(fleet, task.job, error.to_map(), now)
+
+
+def fault(fleet: FleetState, worker: Worker, error: dict[str, Any], now: float) -> None:
+    """A sticky CUDA error: the caller hears of it now, the process is leaving."""
+    task, worker.task = worker.task, None
+    fleet.set_worker(worker, WorkerState.STOPPING, error["message"], now)
+    if task is not None:
+        _fail_task(fleet, worker, task, GpuFault(error["message"], error["hint"]), now)
+
+
+def _plan_restart(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
+    if fleet.stopping:
+        fleet.set_worker(worker, WorkerState.STOPPING, reason, now)
+        worker.pid = 0
+        return
+    worker.pid = 0
+    worker.restarts += 1
+    worker.deaths = 1 if now - worker.since > HEALTHY_S else worker.deaths + 1
+    if worker.futile_starts >= MAX_FUTILE_STARTS:
+        why = f"ended {worker.futile_starts} times while starting or loading; last: {reason}"
+        fleet.set_worker(worker, WorkerState.FAILED, why, now)
+        return
+    limits = fleet.config.restart
+    delay = min(limits.max, limits.min * 2 ** (worker.deaths - 1))
+    worker.respawn_at = now + delay * _jitter(worker)
+    fleet.set_worker(worker, WorkerState.BACKOFF, reason, now)
+
+
+def _jitter(worker: Worker) -> float:
+    """Spread restarts of several workers by up to a fifth, without drawing lots."""
+    return 0.8 + 0.2 * ((worker.gpu * 7 + worker.restarts * 3) % 11) / 10
+
+
+def respawn(fleet: FleetState, now: float) -> None:
+    """Start the workers whose time has come."""
+    for worker in fleet.workers.values():
+        due = worker.respawn_at is not None and now >= worker.respawn_at
+        if worker.state is WorkerState.BACKOFF and due and not fleet.stopping:
+            worker.respawn_at = None
+            fleet.set_worker(worker, WorkerState.STARTING, "", now)
+            fleet.emit(Spawn(worker.gpu))
+
+
+def watch(fleet: FleetState, now: float) -> None:
+    """Escalate against workers that are silent, or past a deadline."""
+    for worker in fleet.workers.values():
+        if worker.state is WorkerState.STARTING and worker.pid:
+            _watch_start(fleet, worker, now)
+        elif worker.state is WorkerState.READY:
+            _watch_running(fleet, worker, now)
+        elif worker.state is WorkerState.STOPPING and worker.pid and not fleet.stopping:
+            _watch_leaving(fleet, worker, now)
+
+
+def _watch_start(fleet: FleetState, worker: Worker, now: float) -> None:
+    if now - worker.since > fleet.config.deadlines.start:
+        _kill(fleet, worker, "no hello before the deadline", now)
+
+
+def _watch_leaving(fleet: FleetState, worker: Worker, now: float) -> None:
+    if now - worker.since > STRIKE_S:
+        _kill(fleet, worker, worker.reason, now)
+
+
+def _watch_running(fleet: FleetState, worker: Worker, now: float) -> None:
+    if now - worker.heard_at > SILENCE_S:
+        _kill(fleet, worker, f"silent for {SILENCE_S:g} s", now)
+    elif worker.task is not None and now >= worker.task.deadline:
+        _strike(fleet, worker, worker.task, now)
+
+
+def _kill(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
+    worker.reason = reason
+    worker.heard_at = worker.since = now
+    fleet.emit(Signal(worker.gpu, signal.SIGKILL))
+
+
+def _strike(fleet: FleetState, worker: Worker, task: Task, now: float) -> None:
+    """Cancel, SIGTERM, SIGKILL, one after the other. An unload goes straight to SIGTERM."""
+    task.strikes += 1
+    task.deadline = now + STRIKE_S
+    if task.step is not None and task.strikes == 1:
+        task.strikes, task.deadline = 2, now + _AT_ONCE_S
+    if task.strikes == 1:
+        fleet.emit(Send(worker.gpu, CancelTask(task=task.id)))
+    else:
+        number = signal.SIGTERM if task.strikes == 2 else signal.SIGKILL
+        fleet.emit(Signal(worker.gpu, number))
