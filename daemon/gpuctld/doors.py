@@ -1,0 +1,136 @@
+"""The socket that clients reach: a ROUTER with bounds on everything that comes in."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import zmq
+
+from gpuctl import protocol
+from gpuctl.errors import BadConfig, BadRequest
+from gpuctld.fleet.events import Peer
+
+IPC = "ipc://"
+HANDSHAKE_MS = 5_000
+QUEUE = 1_000
+TURN = 256
+"""Messages taken in one turn of the loop, so that a flood does not starve the workers."""
+
+
+@attrs.frozen
+class Incoming:
+    """A message from a client: its connection, its user and process, its frames."""
+
+    client: bytes
+    peer: Peer
+    delimited: bool
+    frames: Sequence[Any]
+
+
+class Door:
+    """Binds the client socket and moves whole messages; knows nothing of what they mean."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.refused = 0
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.set(zmq.ROUTER_MANDATORY, 1)
+        self.socket.set(zmq.SNDTIMEO, 0)
+        self.socket.set(zmq.LINGER, 500)
+        self.socket.set(zmq.SNDHWM, QUEUE)
+        self.socket.set(zmq.RCVHWM, QUEUE)
+        self.socket.set(zmq.MAXMSGSIZE, protocol.MAX_BLOB_BYTES)
+        self.socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        self._bind()
+
+    def _bind(self) -> None:
+        path = ipc_path(self.endpoint)
+        if path is None:
+            raise BadConfig(f"{self.endpoint}: only ipc:// sockets are served")
+        path.unlink(missing_ok=True)  # stale: the lock says that nobody serves it
+        self.socket.bind(self.endpoint)
+        path.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IWGRP)
+
+    def receive(self) -> Iterator[Incoming]:
+        """What has arrived, at most :data:`TURN` messages."""
+        for _ in range(TURN):
+            try:
+                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            incoming = self._accept(frames)
+            if incoming is not None:
+                yield incoming
+
+    def _accept(self, frames: list[zmq.Frame]) -> Incoming | None:
+        client, *rest = frames
+        delimited = bool(rest) and len(rest[0]) == 0
+        body = rest[1:] if delimited else rest
+        total = sum(len(frame) for frame in body)
+        too_much = len(body) > 2 + protocol.MAX_BLOBS or total > protocol.MAX_MESSAGE_BYTES
+        if too_much or len(body) < 2 or body[0].bytes != protocol.VERSION:
+            self.refused += 1
+            return None
+        return Incoming(client.bytes, _peer(body[0]), delimited, body)
+
+    def send(self, client: bytes, frames: Sequence[Any], *, delimited: bool) -> bool:
+        """Hand a message over without ever blocking; false when the client is gone or stuck."""
+        envelope = [client, b""] if delimited else [client]
+        try:
+            self.socket.send_multipart([*envelope, *frames], zmq.DONTWAIT, copy=False)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket and remove its file."""
+        self.socket.close()
+        path = ipc_path(self.endpoint)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def _peer(frame: zmq.Frame) -> Peer:
+    """User and process behind an ipc connection; libzmq notes ``host:uid:gid:pid``."""
+    try:
+        _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
+        return Peer(pid=int(pid), uid=int(uid))
+    except (zmq.ZMQError, ValueError):
+        return Peer()
+
+
+def ipc_path(endpoint: str) -> Path | None:
+    """The file of an ``ipc://`` endpoint; ``None`` for other transports."""
+    return Path(endpoint.removeprefix(IPC)) if endpoint.startswith(IPC) else None
+
+
+def read(incoming: Incoming) -> tuple[Any, bytes, list[Any]]:
+    """The typed request of a message, the bytes of its map, and its blobs.
+
+    Raises:
+        BadRequest: with the request's id in ``args`` of the message where it can be read.
+    """
+    body = incoming.frames[1].bytes
+    request = protocol.request_from_map(protocol.decode_map(body))
+    return request, body, list(incoming.frames[2:])
+
+
+def readable_id(incoming: Incoming) -> str | None:
+    """The id of a message whose request is refused, if it has one at all."""
+    try:
+        id_ = protocol.decode_map(incoming.frames[1].bytes).get("id")
+    except BadRequest:
+        return None
+    return id_ if isinstance(id_, str) and len(id_) <= 64 else None
+
+
+def private_directory(path: Path, mode: int) -> None:
+    """Make a directory that only its owner (and, by ``mode``, its group) can enter."""
+    path.mkdir(parents=True, exist_ok=True)
+    if path.stat().st_uid == os.geteuid():
+        path.chmod(mode)
