@@ -29,7 +29,7 @@ from gpuctld.messages import (
     UnloadModel,
 )
 from gpuctld.supervisor import WorkerSpec
-from gpuctld.weights import FanoutPlan, Layout, ModelSource, Resident
+from gpuctld.weights import Layout, ModelSource, Resident
 from gpuctld.worker import generate
 from gpuctld.worker.lifeline import die_with_parent, volunteer_for_oom
 from gpuctld.worker.link import Link
@@ -150,13 +150,13 @@ class Worker:
         progress = self._progress(command.task)
         layout = Layout.from_map(command.layout) if command.layout else None
         if layout is None:
-            resident = weights.load(source, descriptor, self._device, progress)
+            resident = weights.load(source, descriptor, self._device, self._gauge, progress)
             if command.tier == "host":
                 resident.unload()
             return resident
         if command.tier == "host":
-            return weights.attach_parked(layout, descriptor, self._device)
-        return weights.attach(layout, descriptor, self._device, progress)
+            return weights.attach_parked(layout, descriptor, self._device, self._gauge)
+        return weights.attach(layout, descriptor, self._device, self._gauge, progress)
 
     def _take_descriptor(self) -> int:
         _, descriptors, _, _ = socket.recv_fds(self._channel, 256, 1)
@@ -164,7 +164,7 @@ class Worker:
 
     def _unload(self, command: UnloadModel, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
-        freed = resident.unload(suspend=command.suspend)
+        freed = resident.unload()
         if command.tier == "disk":
             self._models.pop(command.model).drop()
         self._done(
@@ -177,17 +177,8 @@ class Worker:
 
     def _reload(self, command: ReloadModel, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
-        plan = self._fanout(command.fanout)
-        reloaded = resident.reload(
-            fanout=plan, verify=command.verify, progress=self._progress(command.task)
-        )
+        reloaded = resident.reload(self._progress(command.task), verify=command.verify)
         self._done(command, resident, path=reloaded.path)
-
-    def _fanout(self, plan: dict[str, Any] | None) -> FanoutPlan | None:
-        if plan is None:
-            return None
-        paths = [self._spec.peer_paths[gpu] for gpu in plan["gpus"]]
-        return FanoutPlan(plan["rank"], plan["world"], paths, plan["token"])
 
     def _change_adapter(self, command: ChangeAdapter, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
