@@ -151,6 +151,16 @@ class Config:
     phases: dict[str, PhaseConfig] = attrs.field(factory=dict)
     base_dir: Path = attrs.field(factory=Path.cwd, init=False)
 
+    def with_daemon(self, daemon: DaemonConfig) -> Config:
+        """The same configuration with another ``[daemon]``."""
+        return _at(attrs.evolve(self, daemon=daemon), self.base_dir)
+
+
+def _at(config: Config, base_dir: Path) -> Config:
+    """Note where relative paths count from; the file itself cannot say that."""
+    object.__setattr__(config, "base_dir", base_dir)
+    return config
+
 
 _converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=True)
 _converter.register_structure_hook(str | list[str], lambda value, _: value)
@@ -191,8 +201,7 @@ def read(path: Path | None) -> Config:
         raise BadConfig(f"{path}: {wrong.message}", wrong.hint) from None
     except (OSError, UnicodeDecodeError) as unreadable:
         raise BadConfig(f"{path}: {unreadable}") from None
-    object.__setattr__(config, "base_dir", path.resolve().parent)
-    return config
+    return _at(config, path.resolve().parent)
 
 
 def parse(text: str) -> Config:

@@ -87,6 +87,16 @@ class Door:
             return False
         return True
 
+    def has_lost(self, client: bytes, frames: Sequence[Any]) -> bool:
+        """Whether the connection has ended; finds out by sending ``frames``."""
+        try:
+            self.socket.send_multipart([client, *frames], zmq.DONTWAIT, copy=False)
+        except zmq.Again:  # alive, but it does not read
+            return False
+        except zmq.ZMQError as error:
+            return error.errno == zmq.EHOSTUNREACH
+        return False
+
     def close(self) -> None:
         """Close the socket and remove its file."""
         self.socket.close()

@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Logging: one structured record per line, to the journal with fields or to stderr as text.
 
 Give fields through ``extra``, by way of :func:`fields`; the message names the event::
@@ -34,7 +35,7 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"gpuctl_fields": values}
 
 
-def set_up(level: str = "info") -> None:
+def setup(level: str = "info") -> None:
     """Send every log record of this process to the journal, or to stderr outside of it.
 
     Raises:
@@ -167,3 +168,17 @@ def _encode_field(name: str, value: str) -> bytes:
     if b"\n" not in data:
         return name.encode() + b"=" + data + b"\n"
     return name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
+=======
+"""Temporary: plain lines."""
+
+from __future__ import annotations
+
+import logging
+
+
+def setup(level: str) -> None:
+    """Log to stderr."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+>>>>>>> main

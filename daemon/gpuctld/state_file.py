@@ -26,8 +26,10 @@ class StateFile:
         self._saved: dict[int, dict[str, str]] | None = None
 
     def read(self) -> dict[int, dict[str, str]]:
-        """``{gpu: {model: tier}}``; empty if there is none. A damaged file never stops the start:
-        it is set aside and named in the log."""
+        """``{gpu: {model: tier}}``; empty if there is none.
+
+        A damaged file never stops the start: it is set aside and named in the log.
+        """
         try:
             return _parse(self.path.read_text())
         except FileNotFoundError:

@@ -105,11 +105,11 @@ def test_stderr_is_the_journal_only_when_the_inode_agrees(monkeypatch, tmp_path,
         stat = os.fstat(stream.fileno())
         patch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
         patch.setattr(logs, "JOURNAL_SOCKET", tmp_path / "nobody")
-        logs.set_up("warning")
+        logs.setup("warning")
         logging.getLogger("gpuctld").warning("hot", extra=logs.fields(gpu=0))
         logging.getLogger("gpuctld").info("unseen")
         patch.setenv("JOURNAL_STREAM", "1:1")
-        logs.set_up("info")
+        logs.setup("info")
         logging.getLogger("gpuctld").info("seen")
     first, second = (tmp_path / "err").read_text().splitlines()
     assert first == "<4>hot gpu=0"
@@ -118,4 +118,4 @@ def test_stderr_is_the_journal_only_when_the_inode_agrees(monkeypatch, tmp_path,
 
 def test_an_unknown_level_is_refused():
     with pytest.raises(ValueError, match="loud"):
-        logs.set_up("loud")
+        logs.setup("loud")

@@ -89,7 +89,13 @@ class Fleet:
             for operation in ended:
                 self._ended(operation, now)
             leases.advance(self.state, now)
+        self._abort_jobs(now)
         jobs.dispatch(self.state, now)
+
+    def _abort_jobs(self, now: float) -> None:
+        for operation in self.state.operations:
+            if operation.started and operation.abort_jobs:
+                jobs.abort_on(self.state, operation.gpus, now)
 
     def _ended(self, operation: Operation, now: float) -> None:
         leases.operation_ended(self.state, operation, now)

@@ -32,7 +32,7 @@ REPROBE_S = 0.1
 
 _UNDERWAY = {
     Tier.DEVICE: {Residency.ABSENT: Residency.LOADING, Residency.PARKED: Residency.RELOADING},
-    Tier.HOST: {Residency.LOADED: Residency.UNLOADING, Residency.ABSENT: Residency.LOADING},
+    Tier.HOST: {Residency.LOADED: Residency.UNLOADING},
     Tier.DISK: {Residency.LOADED: Residency.UNLOADING, Residency.PARKED: Residency.UNLOADING},
 }
 _IN_ROWS = frozenset(
@@ -376,7 +376,7 @@ def _send(
     state = worker.state_of(step.model)
     step.origin = TIER[state]
     step.sent_at = now
-    underway = state if step.change else _UNDERWAY[step.target].get(state)
+    underway = _underway(operation, step, state)
     if underway is None:
         _end(fleet, step, now)
         return
@@ -385,6 +385,18 @@ def _send(
     step.state = StepState.SENT
     worker.task = Task(step.task, now + _limit(fleet, underway), step=step)
     fleet.emit(Send(worker.gpu, command))
+
+
+def _underway(operation: Operation, step: Step, state: Residency) -> Residency | None:
+    """The state during the move; ``None`` where there is nothing to do.
+
+    Only a restore brings an absent model up to host memory, and it never moves one that is there.
+    """
+    if step.change is not None:
+        return state
+    if operation.name == "restore":
+        return Residency.LOADING if state is Residency.ABSENT else None
+    return _UNDERWAY[step.target].get(state)
 
 
 def _command(

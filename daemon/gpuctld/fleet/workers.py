@@ -21,7 +21,7 @@ STRIKE_S = 10.0
 HEALTHY_S = 600.0
 MAX_FUTILE_STARTS = 3
 
-_AT_ONCE_S = 0.5
+FREEING_STRIKE_S = 2.0
 
 
 def hello(fleet: FleetState, worker: Worker, message: Hello, now: float) -> None:
@@ -141,11 +141,10 @@ def _kill(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
 
 
 def _strike(fleet: FleetState, worker: Worker, task: Task, now: float) -> None:
-    """Cancel, SIGTERM, SIGKILL, one after the other. An unload goes straight to SIGTERM."""
-    task.strikes += 1
-    task.deadline = now + STRIKE_S
-    if task.step is not None and task.strikes == 1:
-        task.strikes, task.deadline = 2, now + _AT_ONCE_S
+    """Cancel, SIGTERM, SIGKILL, one after the other. A transfer has no step to cancel at."""
+    moving = task.step is not None
+    task.strikes = max(task.strikes + 1, 2 if moving else 1)
+    task.deadline = now + (FREEING_STRIKE_S if moving else STRIKE_S)
     if task.strikes == 1:
         fleet.emit(Send(worker.gpu, CancelTask(task=task.id)))
     else:

@@ -1,0 +1,123 @@
+"""``gpuctld``: reads the configuration and wires all parts. The one place that knows them all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+import gpuctl
+from gpuctl.errors import BadConfig, Busy, GpuctlError
+from gpuctl.paths import default_socket
+from gpuctld import catalog, config, devices, doors, lock, logs
+from gpuctld.config import Config
+from gpuctld.devices import Device
+from gpuctld.fleet.events import Reconfigured
+
+EX_CONFIG = 78
+"""sysexits.h: the configuration is wrong, so starting again does not help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the command ``gpuctld``; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings, crew = _configuration(options)
+    except BadConfig as wrong:
+        return _complain(wrong, EX_CONFIG)
+    if options.check_config:
+        print(f"ok: {len(crew)} devices, {len(settings.models)} models")  # noqa: T201
+        return 0
+    logs.setup(options.log_level)
+    try:
+        serve(options, settings, crew)
+    except Busy as busy:
+        return _complain(busy, busy.exit_status)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gpuctld", description="The gpuctl service.")
+    parser.add_argument("--config", help="configuration file")
+    parser.add_argument("--socket", help="endpoint for clients, ipc://...")
+    parser.add_argument("--devices", help="auto, or a list such as cuda:0,cuda:3 or cpu,cpu")
+    parser.add_argument("--check-config", action="store_true", help="check and leave")
+    parser.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"]
+    )
+    parser.add_argument("--version", action="version", version=f"gpuctld {gpuctl.__version__}")
+    return parser
+
+
+def _complain(error: GpuctlError, status: int) -> int:
+    hint = f" ({error.hint})" if error.hint else ""
+    print(f"gpuctld: {error.message}{hint}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+def _configuration(options: argparse.Namespace) -> tuple[Config, list[Device]]:
+    """Flag over environment over file."""
+    settings = config.read(config.find(options.config, os.environ))
+    overrides: dict[str, Any] = {
+        name: value
+        for name in ("devices", "socket")
+        if (value := getattr(options, name) or os.environ.get(f"GPUCTL_{name.upper()}"))
+    }
+    daemon = attrs.evolve(settings.daemon, **overrides)
+    settings = settings.with_daemon(daemon)
+    catalog.from_config(settings)
+    gpus = devices.visible_gpus(devices.installed_gpus(), os.environ)
+    return settings, devices.resolve(settings.daemon.devices, gpus)
+
+
+def serve(options: argparse.Namespace, settings: Config, crew: list[Device]) -> None:
+    """Run the daemon until it is told to stop.
+
+    Raises:
+        Busy: another daemon serves the socket.
+    """
+    endpoint = settings.daemon.socket or default_socket()
+    path = doors.ipc_path(endpoint)
+    if path is None:
+        raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
+    doors.private_directory(path.parent, 0o750)
+    with lock.acquire(path.with_suffix(".lock")), _private_directory() as private:
+        _serve(options, settings, crew, endpoint, private)
+
+
+@contextlib.contextmanager
+def _private_directory() -> Iterator[Path]:
+    """Where the workers' sockets are: mode 0700, gone with the daemon."""
+    base = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
+    directory = Path(tempfile.mkdtemp(prefix="gpuctld-", dir=base))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _serve(
+    options: argparse.Namespace, settings: Config, crew: list[Device], endpoint: str, private: Path
+) -> None:
+    """Wire the parts. Imports torch, so only a daemon that will run comes here."""
+    from gpuctld.service import build  # noqa: PLC0415  torch takes seconds to import
+
+    def reconfigure() -> Reconfigured:
+        fresh, _ = _configuration(options)
+        return Reconfigured(catalog.from_config(fresh), fresh.phases)
+
+    controller = build(settings, crew, endpoint, private, reconfigure)
+    with contextlib.closing(controller):
+        controller.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

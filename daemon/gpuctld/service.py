@@ -1,0 +1,76 @@
+"""Builds a daemon from its parts."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+import gpuctl
+from gpuctld import catalog
+from gpuctld.config import Config
+from gpuctld.controller import About, Controller
+from gpuctld.devices import Device
+from gpuctld.doors import IPC, Door
+from gpuctld.fleet import Fleet
+from gpuctld.fleet.events import Reconfigured
+from gpuctld.links import Links
+from gpuctld.processes import Processes
+from gpuctld.service_manager import Notifier
+from gpuctld.signals import SignalPipe
+from gpuctld.state_file import StateFile
+from gpuctld.supervisor import Supervisor, WorkerMain, WorkerSpec
+from gpuctld.weights.store import HostStore
+from gpuctld.worker.main import main as worker_main
+
+
+def build(
+    settings: Config,
+    crew: list[Device],
+    endpoint: str,
+    private: Path,
+    reconfigure: Callable[[], Reconfigured],
+    worker: WorkerMain = worker_main,
+) -> Controller:
+    """Wire a controller.
+
+    Args:
+        settings: the configuration.
+        crew: the devices, numbered.
+        endpoint: where clients connect.
+        private: directory for the workers' own sockets.
+        reconfigure: reads the configuration again.
+        worker: the workers' entry point; tests put faults in front of it.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    specs = _specs(settings, crew, private)
+    about = About(version=gpuctl.__version__, epoch=secrets.token_hex(8), socket=endpoint)
+    return Controller(
+        fleet=Fleet(settings, catalog.from_config(settings), crew),
+        door=Door(context, endpoint),
+        links=Links(context, {gpu: spec.endpoint for gpu, spec in specs.items()}),
+        supervisor=Supervisor(specs, worker),
+        store=HostStore(settings.daemon.host_budget),
+        state_file=StateFile(Path(settings.daemon.state_dir).expanduser()),
+        processes=Processes(),
+        signals=SignalPipe(),
+        manager=Notifier.from_environment(),
+        about=about,
+        reconfigure=reconfigure,
+    )
+
+
+def _specs(settings: Config, crew: list[Device], private: Path) -> dict[int, WorkerSpec]:
+    peers = {device.gpu: str(private / f"peer-{device.gpu}.sock") for device in crew}
+    return {
+        device.gpu: WorkerSpec(
+            device=device,
+            endpoint=f"{IPC}{private}/worker-{device.gpu}.sock",
+            peer_paths=peers,
+            max_pixels=settings.daemon.max_pixels,
+            threads=settings.daemon.threads,
+        )
+        for device in crew
+    }

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import signal
+
+from gpuctl.protocol import Generate, Load, Reload, Unload
+from gpuctld import catalog, config
+from gpuctld.fleet import effects, events
+from gpuctld.fleet.workers import SILENCE_S
+from gpuctld.messages import CancelTask, Fault, LoadModel, RunJob, Stop, UnloadModel
+
+
+def signals(bench):
+    return [e.signal for e in bench.effects if isinstance(e, effects.Signal)]
+
+
+def spawned(bench):
+    return [e.gpu for e in bench.effects if isinstance(e, effects.Spawn)]
+
+
+def loaded(bench):
+    bench.ask(Load(model="flux"))
+    bench.work()
+    return bench
+
+
+def come_back(bench, gpu):
+    bench.wait(2)
+    assert spawned(bench) == [gpu]
+    bench.hello(gpu)
+
+
+def test_a_killed_worker_comes_back_with_its_model_from_the_host_copy(bench):
+    loaded(bench)
+    bench.die(0)
+    come_back(bench, 0)
+    bench.answer_probes()
+    [(gpu, command)] = bench.take(LoadModel)
+    assert (gpu, command.tier) == (0, "device")
+    assert command.layout is not None
+    bench.finish(gpu, command)
+    assert bench.states() == ["loaded", "loaded"]
+
+
+def test_a_parked_model_comes_back_parked(bench):
+    loaded(bench)
+    bench.ask(Unload())
+    bench.work()
+    bench.die(1)
+    come_back(bench, 1)
+    [(_, command)] = bench.take(LoadModel)
+    assert command.tier == "host"
+    bench.finish(1, command)
+    assert bench.states() == ["parked", "parked"]
+
+
+def test_a_job_of_a_killed_worker_is_answered_once_and_not_run_again(bench):
+    loaded(bench)
+    job = bench.ask(Generate(model="flux", gpu=0))
+    bench.die(0)
+    assert bench.reply(job)["error"]["code"] == "worker_lost"
+    bench.take(RunJob)
+    come_back(bench, 0)
+    bench.work()
+    assert bench.take(RunJob) == []
+
+
+def test_an_unload_under_which_the_worker_dies_has_freed_the_gpu(bench):
+    loaded(bench)
+    id_ = bench.ask(Unload())
+    bench.die(0)
+    for gpu, command in bench.take(UnloadModel):
+        if gpu == 1:
+            bench.finish(gpu, command)
+    assert bench.reply(id_)["ok"]
+    come_back(bench, 0)
+    bench.work()
+    assert bench.states() == ["parked", "parked"]
+
+
+def test_unload_while_a_worker_is_down_is_done_at_once(bench):
+    loaded(bench)
+    bench.die(0)
+    id_ = bench.ask(Unload())
+    bench.work()
+    assert bench.reply(id_)["ok"]
+    come_back(bench, 0)
+    bench.work()
+    assert bench.states() == ["parked", "parked"]
+
+
+def test_reload_waits_for_a_worker_that_is_coming_back(bench):
+    loaded(bench)
+    bench.ask(Unload())
+    bench.work()
+    bench.die(0)
+    id_ = bench.ask(Reload())
+    come_back(bench, 0)
+    bench.work()
+    assert bench.reply(id_)["ok"]
+    assert bench.states() == ["loaded", "loaded"]
+
+
+def test_backoff_doubles(bench):
+    waits = []
+    for _ in range(4):
+        bench.die(0)
+        worker = bench.fleet.state.workers[0]
+        waits.append(worker.respawn_at - bench.now)
+        bench.wait(waits[-1] + 0.01)
+        bench.hello(0)
+    for expected, wait in zip((1, 2, 4, 8), waits, strict=True):
+        assert 0.8 * expected <= wait <= expected
+
+
+def test_three_deaths_while_starting_are_the_end_until_somebody_asks(make_bench):
+    bench = make_bench(1)
+    for _ in range(3):
+        bench.die(0, "left with status 1")
+        bench.wait(10)
+    assert bench.fleet.state.workers[0].state == "failed"
+    bench.ask(Load(model="flux"))
+    assert spawned(bench) == [0]
+
+
+def test_a_silent_worker_is_killed(bench):
+    bench.tick(SILENCE_S + 1)
+    assert signals(bench) == [signal.SIGKILL, signal.SIGKILL]
+
+
+def test_a_stuck_job_is_cancelled_then_terminated_then_killed(bench):
+    loaded(bench)
+    job = bench.ask(Generate(model="flux", gpu=0))
+    seen = []
+    for _ in range(4):
+        bench.wait(301 if not seen else 11)
+        seen += [c.task for _, c in bench.take(CancelTask)] + signals(bench)
+    assert seen[:3] == [job, signal.SIGTERM, signal.SIGKILL]
+
+
+def test_freeing_a_gpu_always_succeeds(bench):
+    loaded(bench)
+    id_ = bench.ask(Unload(gpus=[0]))
+    bench.wait(31)
+    assert signals(bench) == [signal.SIGTERM]
+    bench.wait(3)
+    assert signals(bench) == [signal.SIGKILL]
+    bench.die(0)
+    assert bench.reply(id_)["ok"]
+
+
+def test_a_sticky_error_is_told_at_once_and_the_worker_replaced(bench):
+    loaded(bench)
+    job = bench.ask(Generate(model="flux", gpu=0))
+    bench.say(0, Fault(task=job, error={"code": "gpu_fault", "message": "bad", "hint": ""}))
+    assert bench.reply(job)["error"]["code"] == "gpu_fault"
+    assert bench.fleet.state.workers[0].state == "stopping"
+    bench.die(0, "left with status 70")
+    come_back(bench, 0)
+    bench.work()
+    assert bench.states() == ["loaded", "loaded"]
+
+
+def test_models_that_do_not_fit_any_more_come_back_parked_with_the_reason(bench):
+    loaded(bench)
+    bench.die(0)
+    bench.free[0] = 0
+    come_back(bench, 0)
+    bench.work()
+    assert bench.states() == ["parked", "loaded"]
+
+
+def test_restored_models_are_loaded_after_the_start(make_bench):
+    bench = make_bench(2)
+    bench.apply(events.Restored({0: {"flux": "device", "gone": "host"}, 9: {"flux": "device"}}))
+    bench.all_up()
+    bench.work()
+    assert bench.states() == ["loaded", "absent"]
+
+
+def test_stopping_drains_and_ends_the_workers(bench):
+    loaded(bench)
+    job = bench.ask(Generate(model="flux", gpu=0))
+    [(_, run)] = bench.take(RunJob)
+    waiting = bench.ask(Generate(model="flux", gpu=0))
+    bench.apply(events.Stopping())
+    assert bench.reply(waiting)["error"]["code"] == "cancelled"
+    bench.wait(0.1)
+    assert [gpu for gpu, _ in bench.take(Stop)] == [1]
+    late = bench.ask(Load(model="flux"))
+    assert bench.reply(late)["error"]["code"] == "busy"
+    bench.finish(0, run)
+    assert bench.reply(job)["ok"]
+    bench.wait(0.1)
+    assert [gpu for gpu, _ in bench.take(Stop)] == [0]
+    bench.die(0)
+    bench.die(1)
+    assert bench.fleet.stopped
+
+
+def test_a_model_that_leaves_the_catalog_leaves_the_workers(bench):
+    loaded(bench)
+    fresh = config.parse('[models.sd]\npath="/m"\n')
+    bench.apply(events.Reconfigured(catalog.from_config(fresh), {}))
+    bench.work()
+    assert bench.states() == ["absent", "absent"]
