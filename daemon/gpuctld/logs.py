@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """Logging: one structured record per line, to the journal with fields or to stderr as text.
 
 Give fields through ``extra``, by way of :func:`fields`; the message names the event::
@@ -168,17 +167,3 @@ def _encode_field(name: str, value: str) -> bytes:
     if b"\n" not in data:
         return name.encode() + b"=" + data + b"\n"
     return name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
-=======
-"""Temporary: plain lines."""
-
-from __future__ import annotations
-
-import logging
-
-
-def setup(level: str) -> None:
-    """Log to stderr."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
->>>>>>> main
