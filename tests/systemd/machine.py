@@ -46,7 +46,7 @@ def interpreter() -> str:
     libraries = "/opt/test/base/lib"
     return (
         f"#!/bin/sh\nexport PYTHONPATH={path} LD_LIBRARY_PATH={libraries} OMP_NUM_THREADS=1\n"
-        f"export PYTHONDONTWRITEBYTECODE=1\nexec /opt/test/venv/bin/{version} \"$@\"\n"
+        f'export PYTHONDONTWRITEBYTECODE=1\nexec /opt/test/venv/bin/{version} "$@"\n'
     )
 
 
