@@ -149,12 +149,16 @@ def keeper(spec: dict) -> None:
     command = ["unshare", *flags, "--kill-child=KILL", "--", *stage("mounts", spec)]
     with Path(spec["work"], "log").open("w+") as log:
         outer = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=die_with_parent,  # noqa: PLW1509
         )
         try:
             pid = wait_until_up(outer)
             log.seek(0)
-            print(json.dumps({"pid": pid, "error": log.read()[-2000:]}), flush=True)
+            print(json.dumps({"pid": pid, "error": log.read()[-2000:]}), flush=True)  # noqa: T201
             sys.stdin.read()
         finally:
             outer.kill()

@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-
 from tests.systemd.machine import PYTHON, SOURCE
 
 pytestmark = [pytest.mark.systemd, pytest.mark.slow]

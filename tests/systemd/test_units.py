@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-
 from tests.systemd.machine import CHECKOUT
+
+from gpuctld import config
 
 pytestmark = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="needs the package systemd"
@@ -56,8 +57,6 @@ def test_accounts_and_folders_are_declared_well(tmp_path, tool):
 
 
 def test_the_default_config_is_valid():
-    from gpuctld import config
-
     assert config.parse((UNITS / "config.toml").read_text()).models == {}
 
 

@@ -42,7 +42,7 @@ def test_a_line_stays_one_printable_line(text):
 
 def test_a_traceback_is_a_field():
     try:
-        raise RuntimeError("broken pipe")
+        raise RuntimeError("broken pipe")  # noqa: TRY301
     except RuntimeError:
         made = record(exc_info=sys.exc_info())
     assert "RuntimeError: broken pipe" in logs.record_fields(made)["exception"]
