@@ -1,0 +1,214 @@
+"""The service under a real systemd: the promises of the unit, one by one."""
+
+import json
+import time
+
+import pytest
+from tests.systemd.machine import PYTHON, SOURCE
+
+pytestmark = [pytest.mark.systemd, pytest.mark.slow]
+
+SHAPES = f"{SOURCE}/demo/gpuctl_demo/models/shapes"
+DEVICES = '[daemon]\ndevices = ["cpu", "cpu"]\nthreads = 1\n'
+CONFIG = f'{DEVICES}[models.shapes]\npath = "{SHAPES}"\n'
+CONFIG_PATH = "/etc/gpuctl/config.toml"
+RESTART_S = 2.0
+STARTED = {"ActiveState": "active", "SubState": "running"}
+
+
+@pytest.fixture(scope="module")
+def installed(machine):
+    machine.run("make", "-C", SOURCE, "-f", "systemd/install.mk", "install", f"PYTHON={PYTHON}")
+    machine.run("useradd", "--create-home", "member")
+    machine.run("useradd", "--create-home", "stranger")
+    machine.run("usermod", "-aG", "gpuctl", "member")
+    return machine
+
+
+@pytest.fixture
+def service(installed):
+    """The service, started afresh with the tests' configuration."""
+    installed.run("systemctl", "stop", "gpuctld", check=False)
+    installed.run("rm", "-rf", "/etc/systemd/system/gpuctld.service.d", "/var/lib/gpuctl/state")
+    installed.run("systemctl", "daemon-reload")
+    installed.run("systemctl", "reset-failed", "gpuctld", check=False)
+    installed.write(CONFIG_PATH, CONFIG)
+    started = installed.run("systemctl", "start", "gpuctld", check=False)
+    said = [entry.get("MESSAGE") for entry in installed.journal()[-15:]]
+    assert started.returncode == 0, said
+    return installed
+
+
+def drop_in(machine, text):
+    machine.write("/etc/systemd/system/gpuctld.service.d/test.conf", f"[Service]\n{text}\n")
+    machine.run("systemctl", "daemon-reload")
+
+
+def gpuctl(machine, *arguments, user="member", check=True):
+    return machine.run("gpuctl", *arguments, user=user, check=check)
+
+
+def status(machine):
+    return json.loads(gpuctl(machine, "status", "--json").stdout)
+
+
+def loaded(machine):
+    """How many workers hold the shapes model on their device."""
+    workers = status(machine)["workers"]
+    return sum(model["state"] == "loaded" for worker in workers for model in worker["models"])
+
+
+def processes(machine):
+    """Processes of the service's account, by pid."""
+    found = machine.run("pgrep", "-u", "gpuctl", check=False).stdout
+    return {int(pid) for pid in found.split()}
+
+
+def kill(machine, signal):
+    machine.run("systemctl", "kill", "--kill-who=main", f"--signal={signal}", "gpuctld")
+
+
+def restarted(machine, main_pid, timeout_s):
+    """Seconds until another main process runs and is ready."""
+    began = time.monotonic()
+    while time.monotonic() - began < timeout_s:
+        shown = machine.unit()
+        if STARTED.items() <= shown.items() and shown["MainPID"] not in {main_pid, "0"}:
+            return time.monotonic() - began
+        time.sleep(0.05)
+    raise AssertionError(f"not back in {timeout_s} s: {shown['ActiveState']}")
+
+
+def test_ready_means_that_the_workers_are_up(service):
+    assert STARTED.items() <= service.unit().items()
+    assert service.run("stat", "-c%a %U %G", "/run/gpuctl").stdout == "750 gpuctl gpuctl\n"
+    stat = service.run("stat", "-c%a %U %G", "/run/gpuctl/gpuctl.sock").stdout
+    assert stat == "660 gpuctl gpuctl\n"
+    assert len(processes(service)) >= 3
+
+
+def test_the_journal_has_priorities_and_fields(service):
+    records = [entry for entry in service.journal() if "GPUCTL_EVENT" in entry]
+    assert records
+    assert {entry["SYSLOG_IDENTIFIER"] for entry in records} == {"gpuctld"}
+    assert {entry["PRIORITY"] for entry in records} <= {"3", "4", "6"}
+
+
+def test_the_service_has_no_capability(service):
+    pid = service.unit()["MainPID"]
+    lines = service.run("grep", "-E", "^(Cap|NoNewPrivs|Seccomp:)", f"/proc/{pid}/status").stdout
+    held = dict(line.split(":\t") for line in lines.splitlines())
+    assert {int(held[name], 16) for name in held if name.startswith("Cap")} == {0}
+    assert (held["NoNewPrivs"], held["Seccomp"]) == ("1", "2")
+
+
+def test_members_are_served_and_strangers_refused(service):
+    assert [worker["state"] for worker in status(service)["workers"]] == ["ready", "ready"]
+    refused = gpuctl(service, "status", user="stranger", check=False)
+    assert refused.returncode == 3
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_model_is_loaded_and_generates(service):
+    gpuctl(service, "load", "shapes")
+    assert loaded(service) == 2
+    out = service.run("mktemp", "-d", user="member").stdout.strip()
+    gpuctl(service, "generate", "shapes", "--prompt", "red circle", "--out", f"{out}/a.png")
+    assert service.run("head", "-c8", f"{out}/a.png", user="member").stdout[1:4] == "PNG"
+
+
+def test_killed_it_comes_back_as_it_was(service):
+    gpuctl(service, "load", "shapes")
+    before, main_pid = processes(service), service.unit()["MainPID"]
+    kill(service, "KILL")
+    time.sleep(0.5)
+    assert not before & processes(service)
+    start_s = 15  # importing torch on a slow machine; RestartSec comes on top
+    assert restarted(service, main_pid, RESTART_S + 2 + start_s) >= 0
+    deadline = time.monotonic() + 30
+    while loaded(service) != 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert loaded(service) == 2
+
+
+def test_hung_it_is_killed_by_the_watchdog(service):
+    service.run("systemctl", "stop", "gpuctld")
+    drop_in(service, "WatchdogSec=3\nTimeoutAbortSec=1")
+    service.run("systemctl", "start", "gpuctld")
+    before, main_pid = processes(service), service.unit()["MainPID"]
+    time.sleep(5)
+    assert service.unit()["MainPID"] == main_pid  # healthy, it feeds the watchdog
+    kill(service, "STOP")
+    restarted(service, main_pid, 30)
+    assert not before & processes(service)
+    assert any("atchdog" in str(entry.get("MESSAGE")) for entry in service.journal())
+
+
+def test_it_stops_under_load_within_the_limit(service):
+    gpuctl(service, "load", "shapes")
+    busy = "for i in $(seq 20); do gpuctl generate shapes --prompt x --out /tmp/$i.png & done"
+    service.run("sh", "-c", f"({busy}) >/dev/null 2>&1", user="member")
+    began = time.monotonic()
+    service.run("systemctl", "stop", "gpuctld")
+    assert time.monotonic() - began < 45
+    assert service.unit()["Result"] == "success"
+    assert service.unit()["ExecMainStatus"] == "0"
+    assert processes(service) == set()
+
+
+def test_a_crash_loop_ends_at_the_start_limit(service):
+    service.run("systemctl", "stop", "gpuctld")
+    drop_in(service, "ExecStart=\nExecStart=/bin/sh -c 'exit 1'\nRestartSec=100ms")
+    service.run("systemctl", "start", "gpuctld", check=False)
+    service.wait({"ActiveState": "failed"}, 15)
+    starts = service.unit()["NRestarts"]
+    time.sleep(1)
+    assert service.unit()["NRestarts"] == starts
+    assert int(starts) <= 5
+
+
+def test_a_wrong_configuration_is_78_and_no_loop(service):
+    service.run("systemctl", "stop", "gpuctld")
+    service.write(CONFIG_PATH, "[daemon]\ndevcies = 1\n")
+    service.run("systemctl", "start", "gpuctld", check=False)
+    time.sleep(RESTART_S + 1)
+    shown = service.unit()
+    assert (shown["ActiveState"], shown["ExecMainStatus"]) == ("failed", "78")
+    assert shown["NRestarts"] == "0"
+    assert any("devices" in str(entry.get("MESSAGE")) for entry in service.journal())
+
+
+def test_reload_adds_and_removes_models_without_a_restart(service):
+    main_pid = service.unit()["MainPID"]
+    service.write(CONFIG_PATH, CONFIG.replace("models.shapes", "models.forms"))
+    service.run("systemctl", "reload", "gpuctld")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and names(service) != ["forms"]:
+        time.sleep(0.1)
+    assert names(service) == ["forms"]
+    assert service.unit()["MainPID"] == main_pid
+
+
+def names(machine):
+    return [model["model"] for model in status(machine)["models"]]
+
+
+def test_reload_refuses_a_wrong_file_and_keeps_the_old_one(service):
+    main_pid = service.unit()["MainPID"]
+    service.write(CONFIG_PATH, "[modles.shapes]\n")
+    service.run("systemctl", "reload", "gpuctld")
+    time.sleep(1.5)
+    errors = [entry for entry in service.journal() if entry["PRIORITY"] == "3"]
+    assert any("models" in entry["MESSAGE"] for entry in errors)
+    assert service.unit()["MainPID"] == main_pid
+    assert names(service) == ["shapes"]
+
+
+def test_uninstalled_nothing_is_left(service):
+    purge = ("uninstall", f"PYTHON={PYTHON}", "PURGE=1")
+    service.run("make", "-C", SOURCE, "-f", "systemd/install.mk", *purge)
+    places = ["/etc", "/opt/gpuctl", "/usr/local", "/var/lib", "/var/cache", "/var/log", "/run"]
+    left = service.run("find", *places, "-name", "*gpuctl*", check=False).stdout
+    assert left == ""
+    assert processes(service) == set()
+    assert service.run("getent", "passwd", "gpuctl", check=False).returncode != 0
