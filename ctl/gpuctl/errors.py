@@ -34,8 +34,13 @@ from typing import Any, ClassVar
 
 
 class GpuctlError(Exception):
-    """Something that gpuctl can name. ``hint`` says what to do about it, or is empty."""
+    """Something that gpuctl can name.
 
+    ``hint`` says what to do about it, or is empty. ``reply``: the daemon's whole answer, where
+    the error came with one.
+    """
+
+    reply: Any = None
     code: ClassVar[str] = "error"
     exit_status: ClassVar[int] = 1
 
