@@ -172,7 +172,7 @@ def lease(held: Lease, now: float) -> dict[str, Any]:
         "age_s": now - held.asked_at,
         "ttl_s": held.ttl_s,
         "expires_in_s": expires,
-        "models": held.restore,
+        "models": {str(gpu): names for gpu, names in held.restore.items()},
     }
 
 

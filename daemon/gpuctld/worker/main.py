@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
 import torch
 
 from gpuctl.errors import BadRequest, GpuctlError, OutOfMemory
@@ -165,15 +166,10 @@ class Worker:
     def _unload(self, command: UnloadModel, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
         freed = resident.unload()
+        about = _about(resident)
         if command.tier == "disk":
             self._models.pop(command.model).drop()
-        self._done(
-            command,
-            resident,
-            freed_bytes=freed.freed_bytes,
-            residual_bytes=freed.residual_bytes,
-            foreign=freed.foreign,
-        )
+        self._link.send(Done(task=command.task, result={**about, **attrs.asdict(freed)}))
 
     def _reload(self, command: ReloadModel, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
@@ -189,14 +185,7 @@ class Worker:
         self._done(command, resident)
 
     def _done(self, command: Command, resident: Resident, **result: Any) -> None:
-        about = {
-            "device_bytes": resident.device_bytes,
-            "host_bytes": resident.host_bytes,
-            "moves_by": resident.moves_by,
-            "moves_by_reason": resident.moves_by_reason,
-            "adapters": resident.adapters.list(),
-        }
-        self._link.send(Done(task=_task(command), result={**about, **result}))
+        self._link.send(Done(task=_task(command), result={**_about(resident), **result}))
 
     # --- jobs -------------------------------------------------------------------------------
 
@@ -228,6 +217,17 @@ def is_sticky(error: BaseException) -> bool:
     text = str(error).lower()
     cuda = isinstance(error, torch.AcceleratorError) or "cuda" in text
     return cuda and any(phrase in text for phrase in STICKY)
+
+
+def _about(resident: Resident) -> dict[str, Any]:
+    """What every answer about a model says."""
+    return {
+        "device_bytes": resident.device_bytes,
+        "host_bytes": resident.host_bytes,
+        "moves_by": resident.moves_by,
+        "moves_by_reason": resident.moves_by_reason,
+        "adapters": resident.adapters.list(),
+    }
 
 
 def _task(command: Any) -> str:

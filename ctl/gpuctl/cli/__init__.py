@@ -1,0 +1,5 @@
+"""The command ``gpuctl``."""
+
+from gpuctl.cli.app import main
+
+__all__ = ["main"]
