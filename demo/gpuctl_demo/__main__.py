@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -19,18 +18,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gpuctl import Client
+from gpuctl import Client, GpuctlError, Job
 from gpuctl_demo import GUIDANCE, IMAGE_GUIDANCE, STEPS, model_path
 from gpuctl_demo.drawing import draw
 from gpuctl_demo.scenes import ATTRIBUTES, Edit, edits
-from gpuctl_demo.sheet import write_sheet
+from gpuctl_demo.scorer import Scorer, right
+from gpuctl_demo.sheet import Round, write_sheet
 
 MODEL = "shapes-edit"
 SEED = 11
@@ -38,12 +38,7 @@ START_S = 120.0
 
 CONFIG = """\
 [daemon]
-devices = {devices}
-socket = "ipc://{home}/gpuctl.sock"
 state_dir = "{home}/state"
-
-[models.shapes]
-path = "{shapes}"
 
 [models.shapes-edit]
 path = "{edit}"
@@ -68,20 +63,6 @@ class Timing:
         return self.serial / self.parallel
 
 
-@attrs.frozen
-class Round:
-    """One category: its edits, the images that came out, and how the time went."""
-
-    category: str
-    edits: list[Edit]
-    images: list[Image.Image]
-    right: int
-    draw_s: float
-    unload_s: float
-    score_s: float
-    reload_s: float
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status."""
     options = _parser().parse_args(arguments)
@@ -90,10 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         client = Client(f"ipc://{home}/gpuctl.sock")
         timings = _load_and_compare(client, console)
         rounds = [_round(client, category, options.images, console) for category in ATTRIBUTES]
-        _check(client)
-    sheet = write_sheet(options.out, rounds)
     _report(console, timings, rounds)
-    console.print(f"\nContact sheet: [bold]{sheet}[/]")
+    console.print(f"Contact sheet: [bold]{write_sheet(options.out, rounds)}[/]")
     return 0
 
 
@@ -110,13 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _daemon(home: Path, console: Console) -> Iterator[None]:
     """A private daemon on every CUDA GPU, else on two simulated devices."""
-    devices = '"auto"' if _has_gpu() else '["cpu", "cpu"]'
     config = home / "config.toml"
     config.write_text(
         CONFIG.format(
-            devices=devices,
             home=home,
-            shapes=model_path("shapes"),
             edit=model_path("shapes-edit"),
             steps=STEPS,
             guidance=GUIDANCE,
@@ -124,11 +100,12 @@ def _daemon(home: Path, console: Console) -> Iterator[None]:
         )
     )
     console.print("Starting a private daemon ...")
+    devices = "auto" if _has_gpu() else "cpu,cpu"
+    command = [sys.executable, "-m", "gpuctld", "--config", str(config)]
+    command += ["--socket", f"ipc://{home}/gpuctl.sock", "--devices", devices]
     with (home / "daemon.log").open("w") as log:
         process = subprocess.Popen(  # noqa: S603  our own program
-            [sys.executable, "-m", "gpuctld", "--config", str(config)],
-            stderr=log,
-            start_new_session=True,
+            command, stderr=log, start_new_session=True
         )
     try:
         _wait_until_ready(process, home)
@@ -166,3 +143,83 @@ def _load_and_compare(client: Client, console: Console) -> list[Timing]:
     unload = client.unload(MODEL)["duration_s"]
     reload = client.reload(MODEL)["duration_s"]
     return [Timing("unload", unload_serial, unload), Timing("reload", reload_serial, reload)]
+
+
+def _round(client: Client, category: str, count: int, console: Console) -> Round:
+    """Edit one category on all workers, then score with the devices free."""
+    asked = edits(category, count, SEED)
+    started = time.perf_counter()
+    images = _edit(client, asked)
+    drawn = time.perf_counter()
+    with client.unloaded():
+        unloaded = time.perf_counter()
+        seen = Scorer.load().judge(images)
+        scored = time.perf_counter()
+    reloaded = time.perf_counter()
+    hits = sum(right(each, edit.after) for each, edit in zip(seen, asked, strict=True))
+    console.print(
+        f"  {category:<10}  {len(images)} edits in {drawn - started:5.2f} s   "
+        f"unload {1000 * (unloaded - drawn):4.0f} ms   score {hits}/{count} right   "
+        f"reload {1000 * (reloaded - scored):4.0f} ms"
+    )
+    moving = (unloaded - drawn, reloaded - scored)
+    return Round(category, asked, images, hits, drawn - started, *moving)
+
+
+def _edit(client: Client, asked: list[Edit]) -> list[Image.Image]:
+    """All edits of a category, spread over the workers, back in the order of asking."""
+    jobs = [
+        Job(MODEL, {"prompt": edit.instruction}, {"image": draw(edit.before)}, SEED, name=str(k))
+        for k, edit in enumerate(asked)
+    ]
+    images: dict[str, Image.Image] = {}
+    for job, outcome in client.map(jobs):
+        if isinstance(outcome, GpuctlError):
+            raise outcome
+        images[job.name] = outcome[0]
+    return [images[job.name] for job in jobs]
+
+
+# --- what it came to ------------------------------------------------------------------------
+
+
+def _report(console: Console, timings: list[Timing], rounds: list[Round]) -> None:
+    console.print(_operations(timings))
+    console.print(_savings(timings, rounds))
+
+
+def _operations(timings: list[Timing]) -> Table:
+    table = Table(box=SIMPLE_HEAD, title="Serial and broadcast", title_justify="left")
+    for name in ("operation", "serial", "parallel", "ratio"):
+        table.add_column(name, justify="left" if name == "operation" else "right")
+    for each in timings:
+        serial, parallel = f"{each.serial * 1000:.0f} ms", f"{each.parallel * 1000:.0f} ms"
+        table.add_row(each.operation, serial, parallel, f"{each.ratio:.1f} x")
+    return table
+
+
+def _savings(timings: list[Timing], rounds: list[Round]) -> Table:
+    """Per category: what the broadcast took, and what the same in sequence would have added."""
+    table = Table(box=SIMPLE_HEAD, title="The loop", title_justify="left", show_footer=True)
+    serial = sum(each.serial for each in timings)
+    saved = [serial - each.unload_s - each.reload_s for each in rounds]
+    total = sum(each.right for each in rounds), sum(len(each.edits) for each in rounds)
+    table.add_column("category", footer="total")
+    table.add_column("edits right", f"{total[0]}/{total[1]}", justify="right")
+    table.add_column("editing", f"{sum(each.draw_s for each in rounds):.2f} s", justify="right")
+    moving = sum(each.unload_s + each.reload_s for each in rounds)
+    table.add_column("unload + reload", f"{moving:.2f} s", justify="right")
+    table.add_column("saved by broadcast", f"{sum(saved):.2f} s", justify="right")
+    for each, gain in zip(rounds, saved, strict=True):
+        table.add_row(
+            each.category,
+            f"{each.right}/{len(each.edits)}",
+            f"{each.draw_s:.2f} s",
+            f"{each.unload_s + each.reload_s:.2f} s",
+            f"{gain:.2f} s",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
