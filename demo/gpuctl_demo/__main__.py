@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 import attrs
 from PIL import Image
@@ -34,6 +35,7 @@ from gpuctl_demo.sheet import Round, write_sheet
 
 MODEL = "shapes-edit"
 SEED = 11
+REPEATS = 5
 START_S = 120.0
 
 CONFIG = """\
@@ -138,11 +140,19 @@ def _load_and_compare(client: Client, console: Console) -> list[Timing]:
     names = ", ".join(row["device"] for row in loaded["workers"])
     console.print(f"Loaded [bold]{MODEL}[/] in sequence on {names}: {loaded['duration_s']:.2f} s")
     gpus = [row["gpu"] for row in loaded["workers"]]
-    unload_serial = sum(client.unload(MODEL, gpus=[gpu])["duration_s"] for gpu in gpus)
-    reload_serial = client.reload(MODEL, parallel=False)["duration_s"]
-    unload = client.unload(MODEL)["duration_s"]
-    reload = client.reload(MODEL)["duration_s"]
-    return [Timing("unload", unload_serial, unload), Timing("reload", reload_serial, reload)]
+    runs = [_both_ways(client, gpus) for _ in range(REPEATS)]
+    medians = [median(column) for column in zip(*runs, strict=True)]
+    return [Timing("unload", medians[0], medians[2]), Timing("reload", medians[1], medians[3])]
+
+
+def _both_ways(client: Client, gpus: list[int]) -> tuple[float, float, float, float]:
+    """Seconds of unload and reload: one GPU after the other, then by broadcast."""
+    return (
+        sum(client.unload(MODEL, gpus=[gpu])["duration_s"] for gpu in gpus),
+        client.reload(MODEL, parallel=False)["duration_s"],
+        client.unload(MODEL)["duration_s"],
+        client.reload(MODEL)["duration_s"],
+    )
 
 
 def _round(client: Client, category: str, count: int, console: Console) -> Round:
