@@ -112,7 +112,9 @@ def header(file: Path) -> dict[str, Any]:
             if length > HEADER_BYTES:
                 raise BadModel(f"{file} is damaged: a header of {length} bytes")
             fields = json.loads(stream.read(length))
-    except (OSError, ValueError) as damaged:
+    except OSError as unreadable:
+        raise BadModel(f"{file} cannot be read: {unreadable.strerror}") from None
+    except ValueError as damaged:
         raise BadModel(f"{file} is damaged: {damaged}") from None
     return _checked(file, fields, 8 + length)
 
