@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from gpuctl import Client, GpuctlError
 from gpuctl_demo import GUIDANCE, IMAGE_GUIDANCE, STEPS, model_path
 
 START_S = 90.0
+ROOT = Path(__file__).parents[2]
+FAULTY = "tests.fakes.faulty_daemon"
 CLI = [sys.executable, "-c", "from gpuctl.cli import main; main()"]
 CONFIG = f"""
 [daemon]
@@ -44,6 +47,7 @@ class Daemon:
         self.endpoint = f"ipc://{home}/gpuctl.sock"
         self.config = home / "config.toml"
         self.config.write_text(CONFIG.format(home=home) + more)
+        self.inject()
         self._command = [sys.executable, "-m", module, "--config", str(self.config)]
         self._command += ["--socket", self.endpoint, "--devices", ",".join(["cpu"] * workers)]
         self.process: subprocess.Popen[bytes] | None = None
@@ -51,7 +55,19 @@ class Daemon:
     @property
     def environ(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("GPUCTL_")}
-        return {**clean, "GPUCTL_SOCKET": self.endpoint, "OMP_NUM_THREADS": "1"}
+        return {
+            **clean,
+            "GPUCTL_SOCKET": self.endpoint,
+            "GPUCTL_TEST_FAULTS": str(self.home / "faults.json"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+
+    def inject(self, *faults: dict) -> None:
+        """Have the workers of ``tests.fakes.faulty_daemon`` misbehave from now on."""
+        fresh = self.home / "faults.new"
+        fresh.write_text(json.dumps(faults))
+        fresh.replace(self.home / "faults.json")
 
     @property
     def log(self) -> str:
@@ -94,11 +110,7 @@ class Daemon:
             **options,
         )
         assert "Traceback" not in done.stderr, done.stderr
-        assert check is None or done.returncode == check, (
-            done.returncode,
-            done.stdout,
-            done.stderr,
-        )
+        assert check is None or done.returncode == check, done
         return done
 
     def worker_pids(self) -> list[int]:

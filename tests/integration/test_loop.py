@@ -101,9 +101,14 @@ def test_map_yields_in_order_of_completion_over_all_workers(daemon):
 
 def test_unloaded_reloads_also_when_the_body_raises(daemon):
     client = daemon.client()
-    with pytest.raises(ZeroDivisionError), client.unloaded():
-        assert daemon.states() == ["parked", "parked"]
-        1 / 0  # noqa: B018
+
+    def body() -> None:
+        with client.unloaded():
+            assert daemon.states() == ["parked", "parked"]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        body()
     assert daemon.states() == ["loaded", "loaded"]
 
 

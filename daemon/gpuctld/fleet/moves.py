@@ -311,6 +311,13 @@ def probed(fleet: FleetState, operation_id: str, gpu: int, probe: dict[str, Any]
         operation.probes[gpu] = probe
 
 
+def forget_probes(fleet: FleetState, gpu: int) -> None:
+    """A worker has died and will not answer: ask the next one."""
+    for operation in fleet.operations:
+        if operation.probes is not None:
+            operation.probes.pop(gpu, None)
+
+
 def _send_due(fleet: FleetState, operation: Operation, now: float) -> None:
     fanout = _fanout_plans(fleet, operation)
     for step in operation.unfinished:

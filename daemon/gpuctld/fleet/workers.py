@@ -46,6 +46,7 @@ def died(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
         held.state = Residency.ABSENT
     if starting or loading:
         worker.futile_starts += 1
+    moves.forget_probes(fleet, worker.gpu)
     if task is not None:
         _settle(fleet, worker, task, reason, now)
     _plan_restart(fleet, worker, reason, now)

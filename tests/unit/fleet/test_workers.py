@@ -6,7 +6,7 @@ from gpuctl.protocol import Generate, Load, Reload, Unload
 from gpuctld import catalog, config
 from gpuctld.fleet import effects, events
 from gpuctld.fleet.workers import SILENCE_S
-from gpuctld.messages import CancelTask, Fault, LoadModel, RunJob, Stop, UnloadModel
+from gpuctld.messages import CancelTask, Fault, LoadModel, Probe, Probed, RunJob, Stop, UnloadModel
 
 
 def signals(bench):
@@ -94,6 +94,20 @@ def test_reload_waits_for_a_worker_that_is_coming_back(bench):
     bench.work()
     bench.die(0)
     id_ = bench.ask(Reload())
+    come_back(bench, 0)
+    bench.work()
+    assert bench.reply(id_)["ok"]
+    assert bench.states() == ["loaded", "loaded"]
+
+
+def test_a_worker_that_dies_before_it_has_answered_a_probe_is_asked_again(bench):
+    loaded(bench)
+    bench.ask(Unload())
+    bench.work()
+    id_ = bench.ask(Reload())
+    bench.take(Probe)
+    bench.die(0)
+    bench.say(1, Probed(task=id_, memory=bench._memory(1), foreign=[]))
     come_back(bench, 0)
     bench.work()
     assert bench.reply(id_)["ok"]
