@@ -1,15 +1,18 @@
 from collections.abc import Iterator
 
 import pytest
+from tests.fakes.tiny_models import tiny_stable_diffusion
 from tests.systemd.machine import Machine, why_not
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     reason = why_not()
     if reason:
         pytest.skip(f"no systemd machine here: {reason}")
-    booted = Machine.boot()
+    models = tmp_path_factory.mktemp("models")
+    tiny_stable_diffusion(models / "tiny")
+    booted = Machine.boot(models)
     try:
         yield booted
     finally:
