@@ -18,7 +18,7 @@ def tiny_stable_diffusion(folder: Path) -> Path:
         text_encoder=text_encoder(),
         unet=unet(),
         vae=vae(),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,3 +1,4 @@
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         pytest.skip(f"no systemd machine here: {reason}")
     models = tmp_path_factory.mktemp("models")
     tiny_stable_diffusion(models / "tiny")
+    subprocess.run(["chmod", "-R", "a+rX", models], check=True)  # for the service's own user
     booted = Machine.boot(models)
     try:
         yield booted

@@ -12,7 +12,7 @@ DEVICES = '[daemon]\ndevices = ["cpu", "cpu"]\nthreads = 1\n'
 CONFIG = f'{DEVICES}[models.tiny]\npath = "{MODELS}/tiny"\n'
 CONFIG_PATH = "/etc/gpuctl/config.toml"
 DROP_INS = "/etc/systemd/system/gpuctld.service.d"
-DRAW = ("--prompt", "cab", "--steps", "2")
+DRAW = ("cab", "--steps", "2")
 RESTART_S = 2.0
 STARTED = {"ActiveState": "active", "SubState": "running"}
 
