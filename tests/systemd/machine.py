@@ -31,11 +31,11 @@ def why_not() -> str | None:
     return f"needs {', '.join(missing)}" if missing else None
 
 
-def binds(models: Path) -> list[tuple[str, str]]:
+def binds(stage: Path) -> list[tuple[str, str]]:
     """What the fresh /tmp and the unit's ProtectHome would hide, at places they do not."""
     return [
-        (str(CHECKOUT), SOURCE),
-        (str(models), MODELS),
+        (str(stage / "src"), SOURCE),
+        (str(stage / "models"), MODELS),
         (sys.base_prefix, "/opt/test/base"),
         (str(Path(sysconfig.get_path("purelib")).parents[1]), "/opt/test/venv/lib"),
     ]
@@ -44,7 +44,7 @@ def binds(models: Path) -> list[tuple[str, str]]:
 def interpreter() -> str:
     """A shell script that is the tests' Python inside of the machine."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    path = ":".join(f"{SOURCE}/{room}" for room in ("ctl", "daemon", "demo"))
+    path = ":".join(f"{SOURCE}/{room}" for room in ("ctl", "daemon"))
     libraries = "/opt/test/base/lib"
     return (
         f"#!/bin/sh\nexport PYTHONPATH={path} LD_LIBRARY_PATH={libraries} OMP_NUM_THREADS=1\n"
@@ -60,13 +60,13 @@ class Machine:
     pid: int
 
     @classmethod
-    def boot(cls, models: Path) -> "Machine":
-        """Boot, with the folder ``models`` in it, and wait until systemd is up.
+    def boot(cls, stage: Path) -> "Machine":
+        """Boot, with the sources and models of ``stage`` in it, and wait until systemd is up.
 
         Raises:
             RuntimeError: it did not come up; with what it said.
         """
-        command = [sys.executable, str(BOOT), "keeper", json.dumps({"binds": binds(models)})]
+        command = [sys.executable, str(BOOT), "keeper", json.dumps({"binds": binds(stage)})]
         keeper = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -34,6 +34,14 @@ def service(installed):
     return installed
 
 
+@pytest.fixture
+def stopped(installed):
+    """The service as installed, not running."""
+    installed.run("systemctl", "stop", "gpuctld")
+    reset(installed)
+    return installed
+
+
 def is_running(machine):
     return STARTED.items() <= machine.unit().items()
 
@@ -44,13 +52,17 @@ def is_pristine(machine):
 
 def start_afresh(installed):
     installed.run("systemctl", "stop", "gpuctld", check=False)
-    installed.run("rm", "-rf", DROP_INS, "/var/lib/gpuctl/wanted.json")
-    installed.run("systemctl", "daemon-reload")
-    installed.run("systemctl", "reset-failed", "gpuctld", check=False)
-    installed.write(CONFIG_PATH, CONFIG)
+    reset(installed)
     started = installed.run("systemctl", "start", "gpuctld", check=False)
     said = [entry.get("MESSAGE") for entry in installed.journal()[-15:]]
     assert started.returncode == 0, said
+
+
+def reset(machine):
+    machine.run("rm", "-rf", DROP_INS, "/var/lib/gpuctl/wanted.json")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "reset-failed", "gpuctld", check=False)
+    machine.write(CONFIG_PATH, CONFIG)
 
 
 def drop_in(machine, text):
@@ -153,8 +165,9 @@ def test_killed_it_comes_back_as_it_was(service):
     kill(service, "KILL")
     time.sleep(0.5)
     assert not before & processes(service)
-    restarted(service, main_pid, RESTART_S + 2 + start_s)
-    wait_for(lambda: loaded(service) == 2, 2)
+    wait_for(lambda: service.unit()["MainPID"] not in {main_pid, "0"}, RESTART_S + 2)
+    restarted(service, main_pid, 2 * start_s)
+    wait_for(lambda: loaded(service) == 2, 5)
 
 
 def test_hung_it_is_killed_by_the_watchdog(service):
@@ -165,7 +178,7 @@ def test_hung_it_is_killed_by_the_watchdog(service):
     time.sleep(4)
     assert service.unit()["MainPID"] == main_pid  # healthy, it feeds the watchdog
     kill(service, "STOP")
-    restarted(service, main_pid, 30)
+    restarted(service, main_pid, 60)
     assert not before & processes(service)
     assert any("atchdog" in str(entry.get("MESSAGE")) for entry in service.journal())
 
@@ -183,26 +196,27 @@ def test_it_stops_under_load_within_the_limit(service):
     assert processes(service) == set()
 
 
-def test_a_crash_loop_ends_at_the_start_limit(service):
-    service.run("systemctl", "stop", "gpuctld")
-    drop_in(service, "ExecStart=\nExecStart=/bin/sh -c 'exit 1'\nRestartSec=100ms")
-    service.run("systemctl", "start", "gpuctld", check=False)
-    service.wait({"ActiveState": "failed"}, 15)
-    starts = service.unit()["NRestarts"]
+def test_a_crash_loop_ends_at_the_start_limit(stopped):
+    drop_in(stopped, "ExecStart=\nExecStart=/bin/sh -c 'exit 1'\nRestartSec=100ms")
+    stopped.run("systemctl", "start", "gpuctld", check=False)
+    stopped.wait({"ActiveState": "failed"}, 15)
+    starts = stopped.unit()["NRestarts"]
     time.sleep(1)
-    assert service.unit()["NRestarts"] == starts
+    assert stopped.unit()["NRestarts"] == starts
     assert int(starts) <= 5
 
 
-def test_a_wrong_configuration_is_78_and_no_loop(service):
-    service.run("systemctl", "stop", "gpuctld")
-    service.write(CONFIG_PATH, "[daemon]\ndevcies = 1\n")
-    service.run("systemctl", "start", "gpuctld", check=False)
+def test_a_wrong_configuration_is_78_and_no_loop(stopped):
+    stopped.write(CONFIG_PATH, "[daemon]\ndevcies = 1\n")
+    stopped.run("systemctl", "start", "gpuctld", check=False)
     time.sleep(RESTART_S + 1)
-    shown = service.unit()
+    shown = stopped.unit()
     assert (shown["ActiveState"], shown["ExecMainStatus"]) == ("failed", "78")
     assert shown["NRestarts"] == "0"
-    assert any("devices" in str(entry.get("MESSAGE")) for entry in service.journal())
+    refused = [entry for entry in stopped.journal() if entry.get("GPUCTL_EVENT") == "not_started"]
+    assert "devices" in refused[-1]["GPUCTL_REASON"] + refused[-1]["GPUCTL_HINT"]
+    assert refused[-1]["PRIORITY"] == "3"
+    assert not any("Traceback" in str(entry.get("MESSAGE")) for entry in stopped.journal())
 
 
 def test_reload_adds_and_removes_models_without_a_restart(service):
@@ -228,10 +242,11 @@ def test_reload_refuses_a_wrong_file_and_keeps_the_old_one(service):
     assert names(service) == ["tiny"]
 
 
-def test_uninstalled_nothing_is_left(service):
-    service.run("make", "-C", SOURCE, "uninstall", "PURGE=1")
+def test_uninstalled_nothing_is_left(installed):
+    assert is_running(installed)
+    installed.run("make", "-C", SOURCE, "uninstall", "PURGE=1")
     places = ["/etc", "/opt/gpuctl", "/usr/local", "/var/lib", "/var/cache", "/var/log", "/run"]
-    left = service.run("find", *places, "-name", "*gpuctl*", check=False).stdout
+    left = installed.run("find", *places, "-name", "*gpuctl*", check=False).stdout
     assert left == ""
-    assert processes(service) == set()
-    assert service.run("getent", "passwd", "gpuctl", check=False).returncode != 0
+    assert processes(installed) == set()
+    assert installed.run("getent", "passwd", "gpuctl", check=False).returncode != 0
