@@ -23,7 +23,6 @@ from gpuctld import doors, logs
 from gpuctld.answers import Answers, Caller
 from gpuctld.doors import Door, Incoming
 from gpuctld.fleet import Fleet, effects, events, report
-from gpuctld.fleet.state import Operation
 from gpuctld.links import Links
 from gpuctld.messages import Failed, LoadModel
 from gpuctld.processes import Processes
@@ -39,16 +38,6 @@ ALIVE_S = 2.0
 """How often a waiting client is sent a sign of life, and so found to be gone."""
 FEED_S = 0.5
 """The watchdog is fed at most this often: a busy loop shall not keep the manager busy too."""
-
-DOING = {
-    "load": "loading",
-    "unload": "unloading",
-    "reload": "reloading",
-    "phase": "moving",
-    "restore": "restoring",
-    "lora_add": "adding an adapter to",
-    "lora_remove": "removing an adapter from",
-}
 
 
 class HostCopies(Protocol):
@@ -366,7 +355,7 @@ class Controller:
             self.manager.ready()
             workers = len(self.fleet.state.workers)
             log.info("ready", extra=logs.fields(workers=workers, socket=self.about.socket))
-        described = describe(self.fleet)
+        described = report.headline(self.fleet.state)
         if described != self._described:
             self._described = described
             self.manager.status(described)
@@ -393,22 +382,3 @@ class Controller:
         }
         status = report.status(self.fleet.state, time.monotonic())
         return report.reply(request.id, "status", daemon=daemon, **status)
-
-
-def describe(fleet: Fleet) -> str:
-    """One line for the service manager: ``loading flux on gpu 0, 2, 61 %``."""
-    state = fleet.state
-    if state.stopping:
-        return "stopping"
-    for operation in state.operations:
-        if operation.unfinished:
-            return _describe_move(operation)
-    loaded = sorted({name for worker in state.workers.values() for name in worker.wanted})
-    return f"{len(state.workers)} workers, models: {', '.join(loaded) or 'none'}"
-
-
-def _describe_move(operation: Operation) -> str:
-    models = ", ".join(sorted({step.model for step in operation.unfinished}))
-    gpus = ", ".join(str(gpu) for gpu in sorted({step.gpu for step in operation.unfinished}))
-    done = sum(1.0 if step.row else step.done for step in operation.steps) / len(operation.steps)
-    return f"{DOING[operation.name]} {models} on gpu {gpus}, {100 * done:.0f} %"
