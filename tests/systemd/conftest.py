@@ -25,7 +25,9 @@ def stage(folder: Path) -> Path:
     """A copy of the program, and a model: readable for the service's user whatever the umask."""
     (folder / "src").mkdir()
     for name in NEEDED:
-        subprocess.run(["cp", "-r", CHECKOUT / name, folder / "src"], check=True)
+        subprocess.run(
+            ["cp", "-r", "--preserve=timestamps", CHECKOUT / name, folder / "src"], check=True
+        )
     tiny_stable_diffusion(folder / "models" / "tiny")
     subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
     return folder
