@@ -33,7 +33,7 @@ class ScorerNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logits: Tensor = self.heads(self.body(images * 2 - 1))
-        return torch.split(logits, HEADS, dim=1)
+        return torch.split(logits, list(HEADS), dim=1)
 
 
 class Scorer:

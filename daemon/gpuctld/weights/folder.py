@@ -80,9 +80,10 @@ def _check_remote_code(config: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
-    if pickled and not any(folder.glob("*.safetensors")):
-        raise BadModel(f"{pickled[0]} is a pickle; only safetensors are loaded")
+    if (folder / "config.json").exists() and not any(folder.glob("*.safetensors")):
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
+        found = f"; {pickled[0].name} is a pickle" if pickled else ""
+        raise BadModel(f"{folder} has no safetensors file{found}", "only safetensors are loaded")
     for index in folder.glob("*.safetensors.index*.json"):
         for shard in set(json.loads(index.read_text())["weight_map"].values()):
             if Path(shard).name != shard or not (folder / shard).is_file():
@@ -112,7 +113,9 @@ def header(file: Path) -> dict[str, Any]:
             if length > HEADER_BYTES:
                 raise BadModel(f"{file} is damaged: a header of {length} bytes")
             fields = json.loads(stream.read(length))
-    except (OSError, ValueError) as damaged:
+    except OSError as unreadable:
+        raise BadModel(f"{file} cannot be read: {unreadable.strerror}") from None
+    except ValueError as damaged:
         raise BadModel(f"{file} is damaged: {damaged}") from None
     return _checked(file, fields, 8 + length)
 

@@ -1,0 +1,69 @@
+"""The real daemon with workers that misbehave on request.
+
+``python -m tests.fakes.faulty_daemon ...`` takes the arguments of ``gpuctld``. Before each
+command a worker reads the JSON file that $GPUCTL_TEST_FAULTS names: a list of
+``{"command": "UnloadModel", "gpu": 1, "delay_s": 2, "raise": "...", "die": true, "stop": true}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from gpuctld import __main__ as program
+from gpuctld import service
+from gpuctld.supervisor import WorkerSpec
+from gpuctld.worker import main as worker_main
+
+
+class FaultyWorker(worker_main.Worker):
+    """Does what the faults say before it does what it is told."""
+
+    def _execute(self, command, blobs) -> None:
+        for fault in self._faults(type(command).__name__):
+            time.sleep(fault.get("delay_s", 0))
+            if fault.get("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault.get("stop"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if "raise" in fault:
+                self._handlers[type(command)] = _raiser(fault["raise"])
+            else:
+                self._handlers[type(command)] = self._originals[type(command)]
+        super()._execute(command, blobs)
+        self._handlers.update(self._originals)
+
+    def __init__(self, spec: WorkerSpec, channel: socket.socket) -> None:
+        super().__init__(spec, channel)
+        self._originals = dict(self._handlers)
+
+    def _faults(self, command: str) -> list[dict]:
+        faults = json.loads(Path(os.environ["GPUCTL_TEST_FAULTS"]).read_text())
+        here = {None, self._spec.device.gpu}
+        return [f for f in faults if f["command"] == command and f.get("gpu") in here]
+
+
+def _raiser(message: str):
+    def fail(*_: object) -> None:
+        raise RuntimeError(message)
+
+    return fail
+
+
+def faulty_main(spec: WorkerSpec, channel: socket.socket) -> None:
+    """Entry point of a worker."""
+    worker_main.Worker = FaultyWorker
+    worker_main.main(spec, channel)
+
+
+if __name__ == "__main__":
+    from tests.fakes.faulty_daemon import faulty_main as importable
+
+    service_build = service.build
+    service.build = lambda *arguments: service_build(*arguments, worker=importable)
+    sys.exit(program.main())

@@ -1,0 +1,126 @@
+"""A real daemon for tests: own process, own socket, own state."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpuctl import Client, GpuctlError
+from gpuctl_demo import GUIDANCE, IMAGE_GUIDANCE, STEPS, model_path
+
+START_S = 90.0
+CLI = [sys.executable, "-c", "from gpuctl.cli import main; main()"]
+CONFIG = f"""
+[daemon]
+state_dir = "{{home}}/state"
+[restart]
+min = "100ms"
+max = "1s"
+[models.shapes]
+path = "{model_path("shapes")}"
+[models.shapes.defaults]
+num_inference_steps = {STEPS}
+guidance_scale = {GUIDANCE}
+[models.shapes-edit]
+path = "{model_path("shapes-edit")}"
+[models.shapes-edit.defaults]
+num_inference_steps = {STEPS}
+guidance_scale = {GUIDANCE}
+image_guidance_scale = {IMAGE_GUIDANCE}
+"""
+
+
+class Daemon:
+    """``gpuctld`` on ``workers`` cpu devices. ``module``: what to run, ours or one with faults."""
+
+    def __init__(
+        self, home: Path, workers: int = 2, *, more: str = "", module: str = "gpuctld"
+    ) -> None:
+        self.home = home
+        self.endpoint = f"ipc://{home}/gpuctl.sock"
+        self.config = home / "config.toml"
+        self.config.write_text(CONFIG.format(home=home) + more)
+        self._command = [sys.executable, "-m", module, "--config", str(self.config)]
+        self._command += ["--socket", self.endpoint, "--devices", ",".join(["cpu"] * workers)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environ(self) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("GPUCTL_")}
+        return {**clean, "GPUCTL_SOCKET": self.endpoint, "OMP_NUM_THREADS": "1"}
+
+    @property
+    def log(self) -> str:
+        return (self.home / "log").read_text()
+
+    def start(self) -> Daemon:
+        with (self.home / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                self._command, stderr=log, env=self.environ, start_new_session=True
+            )
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            try:
+                if Client(self.endpoint, timeout=5).status()["daemon"]["ready"]:
+                    return self
+            except GpuctlError:
+                time.sleep(0.1)
+            assert self.process.poll() is None, self.log
+        raise AssertionError(self.log)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def client(self, timeout: float = 60) -> Client:
+        return Client(self.endpoint, timeout=timeout)
+
+    def popen(self, *words: str, **options) -> subprocess.Popen[str]:
+        return subprocess.Popen([*CLI, *words], env=self.environ, text=True, **options)
+
+    def cli(self, *words: str, check: int | None = 0, **options) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [*CLI, *words],
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=90,
+            **options,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        assert check is None or done.returncode == check, (
+            done.returncode,
+            done.stdout,
+            done.stderr,
+        )
+        return done
+
+    def worker_pids(self) -> list[int]:
+        return [worker["pid"] for worker in self.client().status()["workers"]]
+
+    def wait_for(self, condition, seconds: float = 20.0):
+        """Until ``condition(status)`` holds; the status then."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            status = self.client().status()
+            if condition(status):
+                return status
+            time.sleep(0.05)
+        raise AssertionError(f"not in {seconds} s: {self.client().status()}")
+
+    def states(self, model: str = "shapes") -> list[str]:
+        return states(self.client().status(), model)
+
+
+def states(status: dict, model: str = "shapes") -> list[str]:
+    """The residency of a model on each worker."""
+    return [
+        next((held["state"] for held in worker["models"] if held["model"] == model), "absent")
+        for worker in status["workers"]
+    ]
