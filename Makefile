@@ -3,7 +3,8 @@
 # make test-gpu what needs a GPU;  make bench  the transfer benchmark on GPUs
 # make install  the system service (see docs/operations.md)
 
-PYTHON ?= python3
+include systemd/install.mk
+
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_LOG := $(VENV)/install.log

@@ -1,17 +1,18 @@
 #!/bin/sh
 # Install or remove the service: install.sh install|uninstall
 #   PREFIX   where gpuctl lives (/opt/gpuctl)
-#   PYTHON   a Python whose environment already has gpuctld; without it a virtual environment is
-#            made in PREFIX from this checkout
+#   PYTHON   makes the virtual environment in PREFIX, from this checkout (python3)
+#   SERVICE_PYTHON  a Python whose environment already has gpuctld: nothing is made then
 #   BINDIR   where the two commands are linked (/usr/local/bin)
-#   DESTDIR  stage everything below this folder and touch nothing that runs; needs PYTHON
+#   DESTDIR  stage everything below this folder and touch nothing that runs; needs SERVICE_PYTHON
 #   PURGE=1  uninstall removes configuration, state and the account as well
 set -eu
 
 DESTDIR=${DESTDIR:-}
 PREFIX=${PREFIX:-/opt/gpuctl}
 BINDIR=${BINDIR:-/usr/local/bin}
-PYTHON=${PYTHON:-}
+PYTHON=${PYTHON:-python3}
+SERVICE_PYTHON=${SERVICE_PYTHON:-}
 PURGE=${PURGE:-0}
 LIBDIR=/usr/local/lib
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -31,14 +32,14 @@ put() { # put MODE SOURCE TARGET: copy with the prefix filled in
 
 command_for() { # command_for NAME MODULE: a command that runs in the given Python
     printf '#!/bin/sh\nexec "%s" -c "import sys; from %s import main; sys.exit(main())" "$@"\n' \
-        "$PYTHON" "$2" > "$DESTDIR$PREFIX/bin/$1"
+        "$SERVICE_PYTHON" "$2" > "$DESTDIR$PREFIX/bin/$1"
     chmod 755 "$DESTDIR$PREFIX/bin/$1"
 }
 
 install_program() {
-    if [ -z "$PYTHON" ]; then
-        [ -z "$DESTDIR" ] || die "DESTDIR needs PYTHON: a virtual environment cannot be moved"
-        python3 -m venv "$PREFIX"
+    if [ -z "$SERVICE_PYTHON" ]; then
+        [ -z "$DESTDIR" ] || die "DESTDIR needs SERVICE_PYTHON: an environment cannot be moved"
+        "$PYTHON" -m venv "$PREFIX"
         "$PREFIX/bin/pip" install --quiet --upgrade "$HERE/..[daemon]"
     else
         mkdir -p "$DESTDIR$PREFIX/bin"

@@ -14,6 +14,7 @@ import attrs
 
 from gpuctl import errors, protocol
 from gpuctl.errors import NoDaemon, WorkerLost
+from gpuctl.paths import permitted
 from gpuctl.protocol import Request
 
 SILENCE_S = 6.0
@@ -83,5 +84,8 @@ class Conversation:
 
 
 def no_daemon(endpoint: str) -> NoDaemon:
-    """Nobody answers."""
+    """Nobody answers, or only to others."""
+    if not permitted(endpoint):
+        hint = "the system service is for members of group gpuctl; join it and log in again"
+        return NoDaemon(f"no permission to use {endpoint}", hint)
     return NoDaemon(f"no gpuctld answers on {endpoint}", "start it: gpuctl serve")

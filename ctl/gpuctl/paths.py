@@ -15,9 +15,26 @@ def default_socket(environ: Mapping[str, str] = os.environ) -> str:
     if named:
         return named
     own = user_socket(environ)
-    if not own.exists() and Path(SYSTEM_SOCKET).exists():
+    if not own.exists() and _is_there(Path(SYSTEM_SOCKET)):
         return f"ipc://{SYSTEM_SOCKET}"
     return f"ipc://{own}"
+
+
+def _is_there(path: Path) -> bool:
+    """Also when only the group of the service may look: the refusal is then told at connecting."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
+
+
+def permitted(endpoint: str) -> bool:
+    """Whether this user may connect; true as well when there is nothing to connect to."""
+    path = Path(endpoint.removeprefix("ipc://"))
+    try:
+        return not path.exists() or os.access(path, os.W_OK)
+    except PermissionError:
+        return False
 
 
 def user_socket(environ: Mapping[str, str] = os.environ) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -15,12 +16,15 @@ from typing import Any
 import attrs
 
 import gpuctl
-from gpuctl.errors import BadConfig, Busy, GpuctlError
+from gpuctl.errors import BadConfig, GpuctlError
 from gpuctl.paths import default_socket
-from gpuctld import catalog, config, devices, doors, lock, logs
+from gpuctld import catalog, config, devices, doors, forkserver, lock, logs
 from gpuctld.config import Config
 from gpuctld.devices import Device
 from gpuctld.fleet.events import Reconfigured
+from gpuctld.service_manager import Notifier
+
+log = logging.getLogger("gpuctld")
 
 EX_CONFIG = 78
 """sysexits.h: the configuration is wrong, so starting again does not help."""
@@ -29,19 +33,22 @@ EX_CONFIG = 78
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command ``gpuctld``; the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        settings, crew = _configuration(options)
-    except BadConfig as wrong:
-        return _complain(wrong, EX_CONFIG)
-    if options.check_config:
-        print(f"ok: {len(crew)} devices, {len(settings.models)} models")  # noqa: T201
-        return 0
     logs.setup(options.log_level)
     try:
-        serve(options, settings, crew)
-    except Busy as busy:
-        return _complain(busy, busy.exit_status)
+        _run(options)
+    except BadConfig as wrong:
+        return _complain(wrong, EX_CONFIG)
+    except GpuctlError as refused:
+        return _complain(refused, refused.exit_status)
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    settings, crew = _configuration(options)
+    if options.check_config:
+        print(f"ok: {len(crew)} devices, {len(settings.models)} models")  # noqa: T201
+    else:
+        serve(options, settings, crew)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,8 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _complain(error: GpuctlError, status: int) -> int:
-    hint = f" ({error.hint})" if error.hint else ""
-    print(f"gpuctld: {error.message}{hint}", file=sys.stderr)  # noqa: T201
+    log.error("not_started", extra=logs.fields(reason=error.message, hint=error.hint))
     return status
 
 
@@ -108,13 +114,15 @@ def _serve(
     options: argparse.Namespace, settings: Config, crew: list[Device], endpoint: str, private: Path
 ) -> None:
     """Wire the parts. Imports torch, so only a daemon that will run comes here."""
-    from gpuctld.service import build  # noqa: PLC0415  torch takes seconds to import
+    manager = Notifier.from_environment()  # before any other process could inherit its address
+    forkserver.start()
+    from gpuctld.service import build  # noqa: PLC0415  torch takes seconds, as in the fork server
 
     def reconfigure() -> Reconfigured:
         fresh, _ = _configuration(options)
         return Reconfigured(catalog.from_config(fresh), fresh.phases)
 
-    controller = build(settings, crew, endpoint, private, reconfigure)
+    controller = build(settings, crew, endpoint, private, reconfigure, manager=manager)
     with contextlib.closing(controller):
         controller.run()
 

@@ -19,7 +19,7 @@ import zmq
 from gpuctl import protocol
 from gpuctl.errors import BadRequest, GpuctlError, HostMemory
 from gpuctl.protocol import Ping, Status, Subscribe
-from gpuctld import doors
+from gpuctld import doors, logs
 from gpuctld.answers import Answers, Caller
 from gpuctld.doors import Door, Incoming
 from gpuctld.fleet import Fleet, effects, events, report
@@ -36,6 +36,8 @@ BUSY_TICK_S = 0.05
 IDLE_TICK_S = 0.5
 ALIVE_S = 2.0
 """How often a waiting client is sent a sign of life, and so found to be gone."""
+FEED_S = 0.5
+"""The watchdog is fed at most this often: a busy loop shall not keep the manager busy too."""
 
 
 class HostCopies(Protocol):
@@ -52,6 +54,7 @@ class ServiceManager(Protocol):
     """Whoever started the daemon and wants to know how it is."""
 
     def ready(self) -> None: ...
+    def reloading(self) -> None: ...
     def stopping(self) -> None: ...
     def status(self, text: str) -> None: ...
     def watchdog(self) -> None: ...
@@ -88,6 +91,8 @@ class Controller:
     _announced: bool = attrs.field(default=False, init=False)
     _started_at: float = attrs.field(factory=time.monotonic, init=False)
     _alive_at: float = attrs.field(default=0.0, init=False)
+    _feed_at: float = attrs.field(default=0.0, init=False)
+    _described: str = attrs.field(default="", init=False)
 
     def run(self) -> None:
         """Serve until stopped."""
@@ -114,7 +119,7 @@ class Controller:
         self._settle()
         self._say_alive()
         self._announce()
-        self.manager.watchdog()
+        self._feed_watchdog()
 
     # --- waiting ----------------------------------------------------------------------------
 
@@ -148,11 +153,15 @@ class Controller:
         self._inbox.append(events.Stopping())
 
     def _reconfigure(self) -> None:
+        self.manager.reloading()
         try:
             self._inbox.append(self.reconfigure())
-            log.info("configuration read again")
+            log.info("configuration_read")
         except GpuctlError as wrong:
-            log.error("configuration refused, the old one stays: %s", wrong.message)  # noqa: TRY400
+            reason = logs.fields(reason=wrong.message, hint=wrong.hint)
+            log.error("configuration_refused", extra=reason)  # noqa: TRY400  the reason says it all
+        if self._announced:
+            self.manager.ready()
 
     def _take_requests(self) -> None:
         for incoming in self.door.receive():
@@ -212,7 +221,8 @@ class Controller:
             self._inbox.append(events.Heard(gpu, message, blobs))
         self.links.close(gpu)
         reason = self.supervisor.bury(gpu)
-        log.warning("worker of gpu %d %s", gpu, reason)
+        level = logging.INFO if self.fleet.state.stopping else logging.WARNING
+        log.log(level, "worker_ended", extra=logs.fields(gpu=gpu, reason=reason))
         self._inbox.append(events.Died(gpu, reason))
 
     def _process_ended(self, key: bytes | str) -> None:
@@ -279,7 +289,7 @@ class Controller:
     def _spawn(self, gpu: int) -> None:
         self.links.open(gpu)
         pid = self.supervisor.spawn(gpu)
-        log.info("worker of gpu %d started, pid %d", gpu, pid)
+        log.info("worker_started", extra=logs.fields(gpu=gpu, pid=pid))
         self._inbox.append(events.Spawned(gpu, pid))
 
     def _answer(self, effect: effects.Answer) -> None:
@@ -312,7 +322,7 @@ class Controller:
         self._answer(effects.Answer(id_, report.reply(id_, "subscribe")))
 
     def _publish(self, effect: effects.Publish) -> None:
-        log.debug("%s", effect.event)
+        log.debug("event", extra=logs.fields(**effect.event))
         event = {**effect.event, "seq": next(self._sequence), "at": time.time()}
         for id_, caller in self._subscribers.items():
             self._tell(id_, caller, event)
@@ -343,8 +353,18 @@ class Controller:
         if not self._announced and self.fleet.ready:
             self._announced = True
             self.manager.ready()
-            log.info("ready: %d workers on %s", len(self.fleet.state.workers), self.about.socket)
-        self.manager.status(describe(self.fleet))
+            workers = len(self.fleet.state.workers)
+            log.info("ready", extra=logs.fields(workers=workers, socket=self.about.socket))
+        described = report.headline(self.fleet.state)
+        if described != self._described:
+            self._described = described
+            self.manager.status(described)
+
+    def _feed_watchdog(self) -> None:
+        now = time.monotonic()
+        if now >= self._feed_at:
+            self._feed_at = now + FEED_S
+            self.manager.watchdog()
 
     def _about(self, request: Ping | Status) -> dict[str, Any]:
         uptime = time.monotonic() - self._started_at
@@ -362,14 +382,3 @@ class Controller:
         }
         status = report.status(self.fleet.state, time.monotonic())
         return report.reply(request.id, "status", daemon=daemon, **status)
-
-
-def describe(fleet: Fleet) -> str:
-    """One line for the service manager."""
-    state = fleet.state
-    for operation in state.operations:
-        gpus = ", ".join(str(step.gpu) for step in operation.unfinished)
-        if gpus:
-            return f"{operation.name} on gpu {gpus}"
-    loaded = sorted({name for worker in state.workers.values() for name in worker.wanted})
-    return f"{len(state.workers)} workers, models: {', '.join(loaded) or 'none'}"

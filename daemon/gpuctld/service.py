@@ -11,7 +11,7 @@ import zmq
 import gpuctl
 from gpuctld import catalog
 from gpuctld.config import Config
-from gpuctld.controller import About, Controller
+from gpuctld.controller import About, Controller, ServiceManager
 from gpuctld.devices import Device
 from gpuctld.doors import IPC, Door
 from gpuctld.fleet import Fleet
@@ -33,6 +33,7 @@ def build(
     private: Path,
     reconfigure: Callable[[], Reconfigured],
     worker: WorkerMain = worker_main,
+    manager: ServiceManager | None = None,
 ) -> Controller:
     """Wire a controller.
 
@@ -43,6 +44,7 @@ def build(
         private: directory for the workers' own sockets.
         reconfigure: reads the configuration again.
         worker: the workers' entry point; tests put faults in front of it.
+        manager: whom to tell how the daemon is; nobody by default.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     specs = _specs(settings, crew, private)
@@ -56,7 +58,7 @@ def build(
         state_file=StateFile(Path(settings.daemon.state_dir).expanduser()),
         processes=Processes(),
         signals=SignalPipe(),
-        manager=Notifier.from_environment(),
+        manager=manager or Notifier(),
         about=about,
         reconfigure=reconfigure,
     )

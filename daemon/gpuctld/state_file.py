@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from gpuctl.residency import Tier
+from gpuctld import logs
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class StateFile:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as damaged:
-            log.warning("state file %s is not usable: %s", self.path, damaged)
+            reason = logs.fields(path=self.path, reason=damaged)
+            log.warning("state_file_damaged", extra=reason)
             self._set_aside()
             return {}
 
@@ -53,10 +55,17 @@ class StateFile:
         try:
             self._write(json.dumps(document, indent=1) + "\n")
         except OSError as failed:
-            self.problem = f"state not saved: {failed}"
+            self._complain(failed)
             return
         self.problem = ""
         self._saved = wanted
+
+    def _complain(self, failed: OSError) -> None:
+        """Once per problem: every change tries again."""
+        problem = f"state not saved: {failed}"
+        if problem != self.problem:
+            log.error("state_not_saved", extra=logs.fields(path=self.path, reason=failed))
+        self.problem = problem
 
     def _write(self, text: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,8 @@ from multiprocessing.process import BaseProcess
 import attrs
 import torch.multiprocessing
 
+from gpuctld import forkserver
 from gpuctld.devices import Device
-
-PRELOAD = "gpuctld.worker.preload"
 
 
 @attrs.frozen(kw_only=True)
@@ -41,18 +40,14 @@ class Child:
 
 
 class Supervisor:
-    """One child per device.
-
-    Children are forked from a server that has imported torch and diffusers but never touched
-    CUDA, so a worker is up in under a second instead of the 5-14 s that the imports take.
-    """
+    """One child per device, forked from the server of :mod:`gpuctld.forkserver`."""
 
     def __init__(self, specs: dict[int, WorkerSpec], main: WorkerMain) -> None:
         self._specs = specs
         self._main = main
         self._children: dict[int, Child] = {}
         self._context: ForkServerContext = torch.multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([PRELOAD])
+        forkserver.start()
 
     def spawn(self, gpu: int) -> int:
         """Start the worker of a device; its pid.

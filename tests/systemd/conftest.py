@@ -1,16 +1,33 @@
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from tests.systemd.machine import Machine, why_not
+from tests.fakes.tiny_models import tiny_stable_diffusion
+from tests.systemd.machine import CHECKOUT, Machine, why_not
+
+NEEDED = ("ctl", "daemon", "systemd", "docs", "Makefile")
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     reason = why_not()
     if reason:
         pytest.skip(f"no systemd machine here: {reason}")
-    booted = Machine.boot()
+    booted = Machine.boot(stage(tmp_path_factory.mktemp("stage")))
     try:
         yield booted
     finally:
         booted.close()
+
+
+def stage(folder: Path) -> Path:
+    """A copy of the program, and a model: readable for the service's user whatever the umask."""
+    (folder / "src").mkdir()
+    for name in NEEDED:
+        subprocess.run(
+            ["cp", "-r", "--preserve=timestamps", CHECKOUT / name, folder / "src"], check=True
+        )
+    tiny_stable_diffusion(folder / "models" / "tiny")
+    subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+    return folder

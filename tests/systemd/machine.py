@@ -16,6 +16,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 BOOT = Path(__file__).with_name("boot.py")
 SOURCE = "/opt/test/src"
 PYTHON = "/opt/test/python"
+MODELS = "/opt/test/models"
 
 
 def why_not() -> str | None:
@@ -30,10 +31,11 @@ def why_not() -> str | None:
     return f"needs {', '.join(missing)}" if missing else None
 
 
-def binds() -> list[tuple[str, str]]:
+def binds(stage: Path) -> list[tuple[str, str]]:
     """What the fresh /tmp and the unit's ProtectHome would hide, at places they do not."""
     return [
-        (str(CHECKOUT), SOURCE),
+        (str(stage / "src"), SOURCE),
+        (str(stage / "models"), MODELS),
         (sys.base_prefix, "/opt/test/base"),
         (str(Path(sysconfig.get_path("purelib")).parents[1]), "/opt/test/venv/lib"),
     ]
@@ -42,7 +44,7 @@ def binds() -> list[tuple[str, str]]:
 def interpreter() -> str:
     """A shell script that is the tests' Python inside of the machine."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    path = ":".join(f"{SOURCE}/{room}" for room in ("ctl", "daemon", "demo"))
+    path = ":".join(f"{SOURCE}/{room}" for room in ("ctl", "daemon"))
     libraries = "/opt/test/base/lib"
     return (
         f"#!/bin/sh\nexport PYTHONPATH={path} LD_LIBRARY_PATH={libraries} OMP_NUM_THREADS=1\n"
@@ -58,13 +60,13 @@ class Machine:
     pid: int
 
     @classmethod
-    def boot(cls) -> "Machine":
-        """Boot and wait until systemd is up.
+    def boot(cls, stage: Path) -> "Machine":
+        """Boot, with the sources and models of ``stage`` in it, and wait until systemd is up.
 
         Raises:
             RuntimeError: it did not come up; with what it said.
         """
-        command = [sys.executable, str(BOOT), "keeper", json.dumps({"binds": binds()})]
+        command = [sys.executable, str(BOOT), "keeper", json.dumps({"binds": binds(stage)})]
         keeper = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -15,7 +15,7 @@ UNITS = CHECKOUT / "systemd"
 
 
 def install(tmp_path, action="install", **variables):
-    environ = os.environ | {"DESTDIR": str(tmp_path / "stage"), "PYTHON": sys.executable}
+    environ = os.environ | {"DESTDIR": str(tmp_path / "stage"), "SERVICE_PYTHON": sys.executable}
     script = [str(UNITS / "install.sh"), action]
     return subprocess.run(
         script, env=environ | variables, check=True, capture_output=True, text=True

@@ -557,6 +557,7 @@ def _release_if_unused(fleet: FleetState, model: str) -> None:
 
 def progress(fleet: FleetState, step: Step, done_bytes: int, total: int) -> None:
     """Bytes of a transfer."""
+    step.done = done_bytes / total if total else 0.0
     operation = fleet.operation(step.operation)
     fleet.publish(
         "move",

@@ -10,6 +10,17 @@ from gpuctl.residency import JOB_ENDED, TIER, Residency
 from gpuctld.catalog import Model
 from gpuctld.fleet.state import FleetState, Holding, Job, Lease, Operation, Step, Worker
 
+DOING = {
+    "load": "loading",
+    "unload": "unloading",
+    "reload": "reloading",
+    "phase": "moving",
+    "restore": "restoring",
+    "lora_add": "adding an adapter to",
+    "lora_remove": "removing an adapter from",
+}
+"""What an operation does, in the words of :func:`headline`."""
+
 
 def reply(request_id: str, op: str, **fields: Any) -> dict[str, Any]:
     """A successful reply with the fields that all replies have."""
@@ -185,3 +196,21 @@ def _operation(operation: Operation, now: float) -> dict[str, Any]:
         "age_s": now - operation.accepted_at,
         "unfinished": len(operation.unfinished),
     }
+
+
+def headline(fleet: FleetState) -> str:
+    """One line for the service manager: ``loading flux on gpu 0, 2, 61 %``."""
+    if fleet.stopping:
+        return "stopping"
+    for operation in fleet.operations:
+        if operation.unfinished:
+            return _doing(operation)
+    wanted = sorted({name for worker in fleet.workers.values() for name in worker.wanted})
+    return f"{len(fleet.workers)} workers, models: {', '.join(wanted) or 'none'}"
+
+
+def _doing(operation: Operation) -> str:
+    models = ", ".join(sorted({step.model for step in operation.unfinished}))
+    gpus = ", ".join(str(gpu) for gpu in sorted({step.gpu for step in operation.unfinished}))
+    done = sum(1.0 if step.row else step.done for step in operation.steps) / len(operation.steps)
+    return f"{DOING[operation.name]} {models} on gpu {gpus}, {100 * done:.0f} %"

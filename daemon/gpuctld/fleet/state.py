@@ -60,7 +60,8 @@ class AdapterChange:
 class Step:
     """Bring one model on one worker to one tier. ``row`` is its line of the reply, once ended.
 
-    With ``change`` the model stays where it is and an adapter comes or goes.
+    With ``change`` the model stays where it is and an adapter comes or goes. ``done``: the part
+    of the bytes that has been moved, 0 to 1.
     """
 
     gpu: int
@@ -70,6 +71,7 @@ class Step:
     state: StepState = StepState.WAITING
     origin: Tier = Tier.DISK
     sent_at: float = 0.0
+    done: float = 0.0
     suspend: bool = False
     change: AdapterChange | None = None
     row: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ initialise it again.
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch: ask NVML instead of CUDA how many GPUs there are.
@@ -18,13 +19,12 @@ from diffusers import DiffusionPipeline  # noqa: F401
 from transformers import CLIPTextModel, PreTrainedTokenizerFast  # noqa: F401
 
 from gpuctld.worker import main  # noqa: F401
-from gpuctld.worker.lifeline import die_with_parent
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# The controller's death takes the fork server, whose death takes the workers: the kernel does
-# both, whatever the processes are busy with.
-die_with_parent()
+# The workers' collections shall neither visit what was imported nor unshare its pages.
+gc.freeze()
+gc.enable()
