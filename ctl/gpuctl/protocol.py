@@ -186,8 +186,9 @@ class LeaseAcquire(Request):
 
     The answer comes when the memory is free. ``need_bytes``: free device memory the holder wants.
     ``mode`` and ``suspend`` as in unload. ``queue_jobs``: jobs for the leased GPUs wait instead
-    of being refused. ``ttl_s``: the lease ends that long after the last renewal; a client on the
-    same host is known by its process and needs none. ``wait_s``: how long to wait behind another
+    of being refused. ``ttl_s``: the lease ends that long after the last renewal, whatever
+    becomes of the client; without it, it ends with the client's process, which the daemon knows
+    on the same host, and after 15 s without renewal elsewhere. ``wait_s``: how long to wait behind another
     lease; 0 refuses at once.
     """
 

@@ -7,6 +7,7 @@ command a worker reads the JSON file that $GPUCTL_TEST_FAULTS names: a list of
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -65,5 +66,5 @@ if __name__ == "__main__":
     from tests.fakes.faulty_daemon import faulty_main as importable
 
     service_build = service.build
-    service.build = lambda *arguments: service_build(*arguments, worker=importable)
+    service.build = functools.partial(service_build, worker=importable)
     sys.exit(program.main())

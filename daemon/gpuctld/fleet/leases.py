@@ -42,13 +42,13 @@ def acquire(fleet: FleetState, event: Requested, now: float) -> None:
     lease = _new(request, event, [worker.gpu for worker in workers], now)
     _refuse_conflict(fleet, lease, request.wait_s)
     fleet.leases[lease.id] = lease
-    if lease.holder.pid:
+    if lease.ttl_s is None:  # it ends with its process; with a time to live it outlives that
         fleet.emit(WatchProcess(lease.id, lease.holder.pid))
     _publish(fleet, lease)
 
 
 def _new(request: LeaseAcquire, event: Requested, gpus: list[int], now: float) -> Lease:
-    ttl = request.ttl_s if request.ttl_s or event.peer.pid else REMOTE_TTL_S
+    ttl = request.ttl_s or (None if event.peer.pid else REMOTE_TTL_S)
     return Lease(
         id=request.id,
         gpus=gpus,
