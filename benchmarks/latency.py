@@ -1,7 +1,7 @@
 """Broadcast skew, and how fast ``status`` answers while all workers generate.
 
-Skew: the time between the first and the last command of a broadcast leaving the controller, as
-its own log of sent commands says. Status: round trips of a client on the same machine.
+Skew: the time between the first and the last command of a broadcast leaving the controller, over
+its own sockets. Status: round trips of a client on the same machine.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import zmq
 from tests.integration.daemon import Daemon
 
 from gpuctl import Job
+from gpuctld.links import Links
+from gpuctld.messages import UnloadModel
 
 PROMPT = "a large red circle on a blue background"
 STEPS = 60
@@ -29,6 +32,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--samples", type=int, default=500)
     options = parser.parse_args()
+    report("broadcast skew", broadcast_skews(options.workers, options.samples))
     with tempfile.TemporaryDirectory() as home:
         daemon = Daemon(Path(home), options.workers).start()
         try:
@@ -62,6 +66,33 @@ class generating:  # noqa: N801  a context manager, used as one
 
     def __exit__(self, *_: object) -> None:
         self._daemon.client().unload(mode="abort")
+
+
+def broadcast_skews(workers: int, samples: int) -> list[float]:
+    """Seconds between the first and the last command of a broadcast, per broadcast."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with tempfile.TemporaryDirectory() as home:
+        endpoints = {gpu: f"ipc://{home}/{gpu}" for gpu in range(workers)}
+        ends = [context.socket(zmq.DEALER) for _ in endpoints]
+        for end, endpoint in zip(ends, endpoints.values(), strict=True):
+            end.bind(endpoint)
+        links = Links(context, endpoints)
+        for gpu in endpoints:
+            links.open(gpu)
+        skews = [_broadcast(links, ends) for _ in range(samples)]
+        links.close_all()
+        context.destroy(linger=0)
+    return skews
+
+
+def _broadcast(links: Links, ends: list[zmq.Socket[bytes]]) -> float:
+    times = []
+    for gpu in range(len(ends)):
+        links.send(gpu, UnloadModel(task="skew", model="shapes", tier="host"), ())
+        times.append(time.perf_counter())
+    for end in ends:
+        end.recv_multipart()
+    return times[-1] - times[0]
 
 
 def status_times(daemon: Daemon, samples: int) -> list[float]:

@@ -188,8 +188,8 @@ class LeaseAcquire(Request):
     ``mode`` and ``suspend`` as in unload. ``queue_jobs``: jobs for the leased GPUs wait instead
     of being refused. ``ttl_s``: the lease ends that long after the last renewal, whatever
     becomes of the client; without it, it ends with the client's process, which the daemon knows
-    on the same host, and after 15 s without renewal elsewhere. ``wait_s``: how long to wait behind another
-    lease; 0 refuses at once.
+    on the same host, and after 15 s without renewal elsewhere. ``wait_s``: how long to wait behind
+    another lease; 0 refuses at once.
     """
 
     op = "lease_acquire"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks import broadcast
+import statistics
+
+from benchmarks import broadcast, latency
 
 
 def test_a_broadcast_of_slow_workers_beats_the_sequence():
@@ -11,3 +13,14 @@ def test_a_broadcast_of_slow_workers_beats_the_sequence():
     for _, serial, parallel in rows:
         assert serial >= 6 * 0.5
         assert serial / parallel >= 4
+
+
+def test_a_broadcast_to_eight_workers_leaves_within_a_millisecond():
+    assert statistics.median(latency.broadcast_skews(8, 100)) < 0.001
+
+
+def test_status_answers_at_once_while_all_workers_generate(daemon):
+    with latency.generating(daemon, 2):
+        times = latency.status_times(daemon, 200)
+    daemon.client().reload()
+    assert statistics.median(times) < 0.010

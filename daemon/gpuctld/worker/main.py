@@ -50,6 +50,9 @@ STICKY = (
 
 FAULT_STATUS = 70
 
+CPU_NICENESS = 10
+"""A worker that computes on the CPU gives way to the controller, which must answer at once."""
+
 
 def main(spec: WorkerSpec, channel: socket.socket) -> None:
     """The process's entry point. ``channel`` brings the descriptors of host copies."""
@@ -67,6 +70,7 @@ def _bind_device(spec: WorkerSpec) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = spec.device.uuid
     if not spec.device.is_cuda:
         torch.set_num_threads(spec.threads or 1)
+        os.nice(CPU_NICENESS)
 
 
 class Worker:
