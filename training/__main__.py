@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file, save_model
 
 from gpuctl_demo import MODELS
-from training import dataset, denoisers, evaluate, package, scoring, sheet, tokens, vae
+from training import card, dataset, denoisers, evaluate, package, scoring, sheet, tokens, vae
 from training.config import EVALUATION_SEED, PRESETS, Config
 
 HERE = Path(__file__).parent
@@ -73,6 +73,10 @@ class Run:
         """Stage 6."""
         return sheet.write(self.sheet, evaluate.Evaluation.load(self.models, self.device))
 
+    def write_card(self) -> int:
+        """Stage 7."""
+        return card.write()
+
     def _record(self, name: str, document: dict[str, object]) -> None:
         (self.work / name).write_text(json.dumps(document, indent=2) + "\n")
 
@@ -112,6 +116,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "package": Run.write_package,
     "evaluate": Run.evaluate,
     "sheet": Run.draw_sheet,
+    "card": Run.write_card,
 }
 
 
