@@ -75,7 +75,7 @@ class Run:
 
     def write_card(self) -> int:
         """Stage 7."""
-        return card.write()
+        return card.write(self.work)
 
     def _record(self, name: str, document: dict[str, object]) -> None:
         (self.work / name).write_text(json.dumps(document, indent=2) + "\n")

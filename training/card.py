@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RECORDS = ("results.json", "stages.json")
 START, END = "<!-- figures -->\n", "<!-- end of figures -->"
 
 
-def write(card: Path = HERE / "README.md") -> int:
-    """Replace the part of the card between its markers; how many lines it has now."""
-    figures = json.loads((HERE / "results.json").read_text())
-    stages = json.loads((HERE / "stages.json").read_text())
+def write(work: Path, card: Path = HERE / "README.md") -> int:
+    """Keep the records of ``work`` beside the card and fill in its part between the markers.
+
+    Returns the number of lines filled in.
+    """
+    for name in RECORDS:
+        shutil.copyfile(work / name, card.parent / name)
+    figures, stages = (json.loads((card.parent / name).read_text()) for name in RECORDS)
     before, rest = card.read_text().split(START)
     _, after = rest.split(END)
     lines = [*_quality(figures), "", *_effort(stages)]

@@ -37,6 +37,7 @@ def acquire(fleet: FleetState, event: Requested, now: float) -> None:
         Leased: another lease is in force or first in line, and the caller does not wait.
     """
     request: LeaseAcquire = event.request
+    moves.refuse_suspend(request.suspend)
     workers = fleet.select(request.gpus)
     _check_size(workers, request.need_bytes)
     lease = _new(request, event, [worker.gpu for worker in workers], now)

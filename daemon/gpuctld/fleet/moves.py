@@ -83,6 +83,7 @@ def unload(fleet: FleetState, request: Unload, now: float) -> None:
     Raises:
         UnknownModel, UnknownGpu: and nothing has changed.
     """
+    refuse_suspend(request.suspend)
     target = Tier(request.to)
     workers = fleet.select(request.gpus)
     steps = unload_steps(workers, request.id, target, _named(fleet, request.model))
@@ -99,6 +100,16 @@ def unload(fleet: FleetState, request: Unload, now: float) -> None:
             deadline=_deadline(request.timeout_s, now),
         ),
     )
+
+
+def refuse_suspend(asked: bool) -> None:
+    """CUDA contexts stay until the driver's checkpoint is built in: say so, free nothing less.
+
+    Raises:
+        BadRequest: it was asked for.
+    """
+    if asked:
+        raise BadRequest("suspending CUDA contexts is not supported yet", "unload without it")
 
 
 def reload(fleet: FleetState, request: Reload, now: float) -> None:
