@@ -115,15 +115,17 @@ def _serve(
 ) -> None:
     """Wire the parts. Imports torch, so only a daemon that will run comes here."""
     manager = Notifier.from_environment()  # before any other process could inherit its address
-    forkserver.start()
-    from gpuctld.service import build  # noqa: PLC0415  torch takes seconds, as in the fork server
+    with contextlib.ExitStack() as ending:
+        forkserver.start()
+        ending.callback(forkserver.stop)
+        from gpuctld.service import build  # noqa: PLC0415  torch takes seconds, there as here
 
-    def reconfigure() -> Reconfigured:
-        fresh, _ = _configuration(options)
-        return Reconfigured(catalog.from_config(fresh), fresh.phases)
+        def reconfigure() -> Reconfigured:
+            fresh, _ = _configuration(options)
+            return Reconfigured(catalog.from_config(fresh), fresh.phases)
 
-    controller = build(settings, crew, endpoint, private, reconfigure, manager=manager)
-    with contextlib.closing(controller):
+        controller = build(settings, crew, endpoint, private, reconfigure, manager=manager)
+        ending.enter_context(contextlib.closing(controller))
         controller.run()
 
 
