@@ -97,7 +97,13 @@ class Daemon:
         return Client(self.endpoint, timeout=timeout)
 
     def popen(self, *words: str, **options) -> subprocess.Popen[str]:
-        return subprocess.Popen([*CLI, *words], env=self.environ, text=True, **options)
+        return subprocess.Popen(
+            [*CLI, *words],
+            env=self.environ,
+            text=True,
+            preexec_fn=_hear_interrupts,  # noqa: PLW1509  no threads here that could hold locks
+            **options,
+        )
 
     def cli(self, *words: str, check: int | None = 0, **options) -> subprocess.CompletedProcess:
         done = subprocess.run(
@@ -128,6 +134,11 @@ class Daemon:
 
     def states(self, model: str = "shapes") -> list[str]:
         return states(self.client().status(), model)
+
+
+def _hear_interrupts() -> None:
+    """A test run in the background of a shell has inherited that ^C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def states(status: dict, model: str = "shapes") -> list[str]:
