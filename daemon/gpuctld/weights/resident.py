@@ -15,6 +15,7 @@ from gpuctld.weights.adapters import Adapters
 from gpuctld.weights.gauge import Gauge
 from gpuctld.weights.layout import Layout
 from gpuctld.weights.reading import ModelSource
+from gpuctld.weights.rendezvous import Meeting
 from gpuctld.weights.segment import Segment, pack_table
 from gpuctld.weights.skeleton import Plan, Unpackable
 from gpuctld.weights.transfer import Progress
@@ -48,7 +49,9 @@ class Mover(Protocol):
     host_bytes: int
 
     def park(self) -> None: ...
-    def bring(self, progress: Progress, *, verify: bool) -> str: ...
+    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -60,22 +63,22 @@ class SlabMover:
 
     def __init__(self, layout: Layout, segment: Segment, memory: slab.Slab) -> None:
         self._layout, self._segment, self._memory = layout, segment, memory
+        self._transfer = transfer.for_slab(segment.slab, memory)
         self.device_bytes = self.host_bytes = layout.slab_bytes
 
     def park(self) -> None:
         self._memory.unmap()
 
-    def bring(self, progress: Progress, *, verify: bool) -> str:
+    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str:
         """All of it, or nothing: a failure half-way leaves the slab unmapped."""
         try:
-            self._memory.map()
-            transfer.copy(self._segment.slab, self._memory.tensor, progress)
+            path = self._transfer.fill(self._memory, progress, meeting)
             if verify:
                 self._verify()
         except BaseException:
             self._memory.unmap()
             raise
-        return "memcpy"
+        return path
 
     def _verify(self) -> None:
         if checksum.of(self._memory.tensor) != self._layout.checksums:
@@ -84,7 +87,14 @@ class SlabMover:
                 "gpuctl drop it and load it again; if it comes back, suspect the memory",
             )
 
+    def pause(self) -> None:
+        self._transfer.pause()
+
+    def resume(self) -> None:
+        self._transfer.resume()
+
     def close(self) -> None:
+        self._transfer.pause()
         self._memory.close()
 
 
@@ -101,12 +111,19 @@ class ModuleMover:
     def park(self) -> None:
         self._pipeline.to("cpu")
 
-    def bring(self, progress: Progress, *, verify: bool) -> str:
+    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str:
+        del meeting  # each moves its own copy
         if verify:
             raise BadRequest("a model that moves by .to() has no checksum", "reload without it")
         self._pipeline.to(self._device)
         progress(self.device_bytes, self.device_bytes)
         return "module"
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
 
     def close(self) -> None:
         self._pipeline.to("meta")
@@ -167,8 +184,10 @@ class Resident:
             foreign=self._gauge.foreign(),
         )
 
-    def reload(self, progress: Progress, *, verify: bool = False) -> Reloaded:
-        """Host to device.
+    def reload(
+        self, progress: Progress, *, verify: bool = False, meeting: Meeting | None = None
+    ) -> Reloaded:
+        """Host to device; together with the other workers of a ``meeting``.
 
         Raises:
             OutOfMemory: the device has not enough; the model stays parked.
@@ -176,13 +195,21 @@ class Resident:
         """
         started = time.perf_counter()
         try:
-            path = self._mover.bring(progress, verify=verify)
+            path = self._mover.bring(progress, verify=verify, meeting=meeting)
             self.adapters.bring()
         except torch.OutOfMemoryError as full:
             raise OutOfMemory(str(full).splitlines()[0]) from None
         self.tier = Tier.DEVICE
         seconds = time.perf_counter() - started
         return Reloaded(bytes=self.device_bytes, duration_s=seconds, path=path)
+
+    def release_pins(self) -> None:
+        """Unpin the host copy, before the driver takes this process's context away."""
+        self._mover.pause()
+
+    def restore_pins(self) -> None:
+        """Pin it again in the background."""
+        self._mover.resume()
 
     def drop(self) -> None:
         """Give everything back: device, addresses, mappings."""
@@ -262,7 +289,6 @@ def attach_parked(layout: Layout, descriptor: int, device: torch.device, gauge: 
     segment = Segment(descriptor, layout.slab_bytes)
     memory = slab.for_device(layout.slab_bytes, device)
     pipeline = skeleton.assemble(segment.skeleton(layout), segment.entries(layout), memory.tensor)
-    memory.unmap()
     resident = Resident(pipeline, device, SlabMover(layout, segment, memory), layout, gauge)
     resident.tier = Tier.HOST
     return resident
