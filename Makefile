@@ -1,5 +1,6 @@
 # make demo     the whole loop on every CUDA GPU, else on two simulated devices
 # make test     lint, types, import contracts, all tests
+# make test-gpu what needs a GPU
 # make bench    broadcast against sequence, latencies, speed of the demo's model
 # make install  the system service (see docs/operations.md)
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP_LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check unit bench clean
+.PHONY: help demo test lint types check unit test-gpu bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,6 +40,9 @@ types: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	$(BIN)/pytest
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/pytest -m gpu
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/broadcast.py
