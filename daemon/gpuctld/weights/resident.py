@@ -15,9 +15,15 @@ from gpuctld.weights.adapters import Adapters
 from gpuctld.weights.gauge import Gauge
 from gpuctld.weights.layout import Layout
 from gpuctld.weights.reading import ModelSource
+from gpuctld.weights.rendezvous import Meeting
 from gpuctld.weights.segment import Segment, pack_table
 from gpuctld.weights.skeleton import Plan, Unpackable
 from gpuctld.weights.transfer import Progress
+
+CONFIRMED = 0.9
+"""Of a model's bytes must be gone from the driver's books before an unload is called done."""
+
+PATIENCE_S = 0.1
 
 
 @attrs.frozen(kw_only=True)
@@ -48,7 +54,9 @@ class Mover(Protocol):
     host_bytes: int
 
     def park(self) -> None: ...
-    def bring(self, progress: Progress, *, verify: bool) -> str: ...
+    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -60,22 +68,22 @@ class SlabMover:
 
     def __init__(self, layout: Layout, segment: Segment, memory: slab.Slab) -> None:
         self._layout, self._segment, self._memory = layout, segment, memory
+        self._transfer = transfer.for_slab(segment.slab, memory)
         self.device_bytes = self.host_bytes = layout.slab_bytes
 
     def park(self) -> None:
         self._memory.unmap()
 
-    def bring(self, progress: Progress, *, verify: bool) -> str:
+    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str:
         """All of it, or nothing: a failure half-way leaves the slab unmapped."""
         try:
-            self._memory.map()
-            transfer.copy(self._segment.slab, self._memory.tensor, progress)
+            path = self._transfer.fill(self._memory, progress, meeting)
             if verify:
                 self._verify()
         except BaseException:
             self._memory.unmap()
             raise
-        return "memcpy"
+        return path
 
     def _verify(self) -> None:
         if checksum.of(self._memory.tensor) != self._layout.checksums:
@@ -84,7 +92,14 @@ class SlabMover:
                 "gpuctl drop it and load it again; if it comes back, suspect the memory",
             )
 
+    def pause(self) -> None:
+        self._transfer.pause()
+
+    def resume(self) -> None:
+        self._transfer.resume()
+
     def close(self) -> None:
+        self._transfer.pause()
         self._memory.close()
 
 
@@ -101,12 +116,19 @@ class ModuleMover:
     def park(self) -> None:
         self._pipeline.to("cpu")
 
-    def bring(self, progress: Progress, *, verify: bool) -> str:
+    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str:
+        del meeting  # each moves its own copy
         if verify:
             raise BadRequest("a model that moves by .to() has no checksum", "reload without it")
         self._pipeline.to(self._device)
         progress(self.device_bytes, self.device_bytes)
         return "module"
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
 
     def close(self) -> None:
         self._pipeline.to("meta")
@@ -159,7 +181,7 @@ class Resident:
         self.adapters.park()
         self._mover.park()
         self.tier = Tier.HOST
-        after = self._gauge.residual()
+        after = self._settled(before - int(self.device_bytes * CONFIRMED))
         return Freed(
             freed_bytes=max(0, before - after),
             residual_bytes=after,
@@ -167,8 +189,19 @@ class Resident:
             foreign=self._gauge.foreign(),
         )
 
-    def reload(self, progress: Progress, *, verify: bool = False) -> Reloaded:
-        """Host to device.
+    def _settled(self, expected: int) -> int:
+        """What this process still holds, once the driver's books have followed."""
+        deadline = time.monotonic() + PATIENCE_S
+        after = self._gauge.residual()
+        while after > expected > 0 and time.monotonic() < deadline:
+            time.sleep(0.001)
+            after = self._gauge.residual()
+        return after
+
+    def reload(
+        self, progress: Progress, *, verify: bool = False, meeting: Meeting | None = None
+    ) -> Reloaded:
+        """Host to device; together with the other workers of a ``meeting``.
 
         Raises:
             OutOfMemory: the device has not enough; the model stays parked.
@@ -176,13 +209,21 @@ class Resident:
         """
         started = time.perf_counter()
         try:
-            path = self._mover.bring(progress, verify=verify)
+            path = self._mover.bring(progress, verify=verify, meeting=meeting)
             self.adapters.bring()
         except torch.OutOfMemoryError as full:
             raise OutOfMemory(str(full).splitlines()[0]) from None
         self.tier = Tier.DEVICE
         seconds = time.perf_counter() - started
         return Reloaded(bytes=self.device_bytes, duration_s=seconds, path=path)
+
+    def release_pins(self) -> None:
+        """Unpin the host copy, before the driver takes this process's context away."""
+        self._mover.pause()
+
+    def restore_pins(self) -> None:
+        """Pin it again in the background."""
+        self._mover.resume()
 
     def drop(self) -> None:
         """Give everything back: device, addresses, mappings."""
@@ -262,7 +303,6 @@ def attach_parked(layout: Layout, descriptor: int, device: torch.device, gauge: 
     segment = Segment(descriptor, layout.slab_bytes)
     memory = slab.for_device(layout.slab_bytes, device)
     pipeline = skeleton.assemble(segment.skeleton(layout), segment.entries(layout), memory.tensor)
-    memory.unmap()
     resident = Resident(pipeline, device, SlabMover(layout, segment, memory), layout, gauge)
     resident.tier = Tier.HOST
     return resident

@@ -21,6 +21,10 @@ import torch
 
 from gpuctld.weights.layout import Entry, aligned
 
+WIDEST = 16
+"""Bytes of the widest element, complex128. A run begins at a multiple of it, so that elements of
+any type in it stay aligned."""
+
 
 class Unpackable(Exception):
     """The object graph cannot be taken apart; the message says why."""
@@ -98,7 +102,8 @@ def _place(tensors: list[torch.Tensor]) -> tuple[list[Run], list[Entry], int]:
     runs: dict[int, Run] = {}
     offset = 0
     for group in groups:
-        start, stop = min(s for s, _, _ in group), max(e for _, e, _ in group)
+        start = min(s for s, _, _ in group) // WIDEST * WIDEST
+        stop = max(e for _, e, _ in group)
         run = Run(tensors[group[0][2]].untyped_storage(), start, stop, offset)
         runs |= {index: run for _, _, index in group}
         offset = aligned(offset + stop - start)

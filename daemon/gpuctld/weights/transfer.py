@@ -2,22 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
-CHUNK_BYTES = 256 * 1024 * 1024
+from gpuctld.weights.rendezvous import Meeting
+from gpuctld.weights.slab import CudaSlab, Slab
+
+PIECE_BYTES = 256 * 1024 * 1024
+"""Of one copy. Pinned pieces are as large, and a copy must not straddle two of them."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 
-def copy(source: torch.Tensor, slab: torch.Tensor, progress: Progress) -> None:
-    """Copy all bytes of ``source`` into ``slab`` (both uint8, of one length)."""
-    total, done = source.numel(), 0
-    for here, there in zip(
-        torch.split(source, CHUNK_BYTES), torch.split(slab, CHUNK_BYTES), strict=True
-    ):
-        there.copy_(here)
-        done += here.numel()
-        progress(done, total)
+class Transfer(Protocol):
+    """Brings the bytes of one host copy into a slab."""
+
+    def fill(self, memory: Slab, progress: Progress, meeting: Meeting | None = None) -> str:
+        """Map the slab and copy everything; returns the way that the bytes took.
+
+        Workers of one ``meeting`` share the work where their devices can.
+        """
+
+    def pause(self) -> None:
+        """Let go of pinned host memory, if there is any."""
+
+    def resume(self) -> None:
+        """Take it again, in the background."""
+
+
+def cuts(start: int, stop: int, piece: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """Start and size of the pieces of a span, cut at every multiple of ``piece`` bytes."""
+    while start < stop:
+        end = min(stop, (start // piece + 1) * piece)
+        yield start, end - start
+        start = end
+
+
+class PlainTransfer:
+    """Copies with torch, one piece after the other."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self._source = source
+
+    def fill(self, memory: Slab, progress: Progress, meeting: Meeting | None = None) -> str:
+        del meeting  # without peer access each copies for itself
+        total = self._source.numel()
+        for start, size in memory.map():
+            for at, length in cuts(start, start + size):
+                memory.tensor[at : at + length].copy_(self._source[at : at + length])
+                progress(at + length, total)
+        return "memcpy"
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+
+def for_slab(source: torch.Tensor, memory: Slab) -> Transfer:
+    """The transfer that suits a slab."""
+    if isinstance(memory, CudaSlab):
+        from gpuctld.weights.cuda_transfer import CudaTransfer  # noqa: PLC0415  needs cuda-bindings
+
+        return CudaTransfer(source, memory)
+    return PlainTransfer(source)

@@ -1,0 +1,132 @@
+"""Host memory to a CUDA slab: asynchronous copies on a stream of their own, at the link's rate.
+
+While one piece is copied the next one's memory is created and mapped. What is not pinned yet goes
+through a small pinned ring. Workers that reload the same model together share the work, see
+:mod:`gpuctld.weights.fanout`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from gpuctld.weights import driver, fanout
+from gpuctld.weights.pinning import PIECE_BYTES, Pins
+from gpuctld.weights.rendezvous import Meeting
+from gpuctld.weights.slab import CudaSlab, Slab
+from gpuctld.weights.transfer import Progress, cuts
+
+RING_BYTES = 32 * 1024 * 1024
+RING_SLOTS = 4
+
+IN_FLIGHT = 4
+"""Copies queued behind the one that runs: the link never waits, and progress stays true."""
+
+Copied = Callable[[int, int, torch.cuda.Event], None]
+"""Called with start and size of a piece, and the event that tells its arrival."""
+
+
+class CudaTransfer:
+    """Fills one slab from one host copy, which is pinned in the background meanwhile."""
+
+    def __init__(self, source: torch.Tensor, memory: CudaSlab) -> None:
+        self._source = source
+        self._memory = memory
+        self._pins = Pins(source.data_ptr(), source.numel())
+        self._stream = torch.cuda.Stream(memory.device)  # type: ignore[no-untyped-call]
+
+    def fill(self, memory: Slab, progress: Progress, meeting: Meeting | None = None) -> str:
+        del memory  # the one it was made for
+        self._pins.start()
+        copies = Copies(self._source, self._memory.address, self._stream, self._pins, progress)
+        if meeting is not None:
+            return fanout.fill(meeting, self._memory, copies)
+        for start, size in self._memory.map():
+            copies.copy(start, start + size)
+        copies.finish()
+        return copies.path
+
+    def pause(self) -> None:
+        self._pins.stop()
+
+    def resume(self) -> None:
+        self._pins.start()
+
+
+class Copies:
+    """Copies of one reload, in order; ``path`` says whether all of it was pinned."""
+
+    def __init__(
+        self,
+        source: torch.Tensor,
+        target: int,
+        stream: torch.cuda.Stream,
+        pins: Pins,
+        progress: Progress,
+    ) -> None:
+        self.path = "pinned"
+        self._source, self._target, self._stream = source, target, stream
+        self._pins = pins
+        self._ring: _Ring | None = None
+        self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._done = 0
+        self._progress = progress
+
+    def copy(
+        self, start: int, stop: int, piece: int = PIECE_BYTES, then: Copied | None = None
+    ) -> None:
+        """Queue the copies of a span of bytes; may wait for earlier ones, not for these."""
+        for at, size in cuts(start, stop, piece):
+            if self._pins.has(at // PIECE_BYTES * PIECE_BYTES):
+                source = self._source.data_ptr() + at
+                driver.copy_async(self._target + at, source, size, self._stream.cuda_stream)
+            else:
+                self._stage(at, size)
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            arrived.record(self._stream)
+            if then is not None:
+                then(at, size, arrived)
+            self._flying.append((size, arrived))
+            self._land(IN_FLIGHT)
+
+    def _stage(self, start: int, size: int) -> None:
+        self.path = "staged"
+        self._ring = self._ring or _Ring()
+        for at, length in cuts(start, start + size, RING_BYTES):
+            self._ring.send(self._source[at : at + length], self._target + at, self._stream)
+
+    def _land(self, still_flying: int) -> None:
+        while len(self._flying) > still_flying:
+            size, arrived = self._flying.popleft()
+            arrived.synchronize()
+            self._done += size
+            self._progress(self._done, self._source.numel())
+
+    def finish(self) -> None:
+        """Wait until everything has arrived."""
+        self._land(0)
+        self._stream.synchronize()
+
+
+class _Ring:
+    """A few pinned buffers through which pageable memory is copied, used in turn."""
+
+    def __init__(self) -> None:
+        self._slots = [_slot() for _ in range(RING_SLOTS)]
+        self._turn = 0
+
+    def send(self, source: torch.Tensor, target: int, stream: torch.cuda.Stream) -> None:
+        buffer, sent = self._slots[self._turn]
+        self._turn = (self._turn + 1) % RING_SLOTS
+        sent.synchronize()
+        buffer[: source.numel()].copy_(source)
+        driver.copy_async(target, buffer.data_ptr(), source.numel(), stream.cuda_stream)
+        sent.record(stream)
+
+
+def _slot() -> tuple[torch.Tensor, torch.cuda.Event]:
+    """A buffer, and the event after which it may be written again."""
+    buffer = torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True)
+    return buffer, torch.cuda.Event()  # type: ignore[no-untyped-call]
