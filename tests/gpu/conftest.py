@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from gpuctld import weights
+from gpuctld.weights import ModelSource
+from tests.fakes.tiny_models import tiny_stable_diffusion
+
+DEVICE = torch.device("cuda:0")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def silent(done, total):
+    """A progress callback that nobody watches."""
+
+
+@pytest.fixture(scope="session")
+def gauge():
+    uuid = f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
+    return weights.gauge(DEVICE, uuid)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    return tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def descriptor():
+    made = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    yield made
+    os.close(made)
+
+
+@pytest.fixture
+def resident(folder, descriptor, gauge):
+    source = ModelSource(name="tiny", path=str(folder))
+    made = weights.load(source, descriptor, DEVICE, gauge, silent)
+    yield made
+    made.drop()
