@@ -1,6 +1,7 @@
 # make demo     the whole loop on every CUDA GPU, else on two simulated devices
 # make test     lint, types, import contracts, all tests
-# make test-gpu what needs a GPU;  make bench  the transfer benchmark on GPUs
+# make test-gpu what needs a GPU
+# make bench    broadcast against sequence, latencies, speed of the demo's model
 # make install  the system service (see docs/operations.md)
 
 include systemd/install.mk
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP_LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check unit test-gpu bench chaos clean
+.PHONY: help demo test lint types check unit test-gpu bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -38,13 +39,15 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	$(BIN)/pytest -m 'not gpu'
+	$(BIN)/pytest
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/pytest -m gpu
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/broadcast.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/shapes_speed.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache demo-output

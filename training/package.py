@@ -36,6 +36,7 @@ def _save(
     nets: Denoisers,
     tokenizer: CLIPTokenizer,
 ) -> None:
+    vae.register_to_config(_name_or_path=folder.name)  # not where the training run kept it
     pipeline = kind(
         vae=vae.half(),
         text_encoder=nets.text_encoder.float(),

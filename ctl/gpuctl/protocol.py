@@ -15,16 +15,18 @@ ignores fields that it does not know.
 
 from __future__ import annotations
 
+import functools
 import secrets
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import attrs
 import msgpack
-from cattrs import BaseValidationError, transform_error
-from cattrs.preconf.msgpack import make_converter
 
 from gpuctl.errors import BadRequest
+
+if TYPE_CHECKING:
+    from cattrs.preconf.msgpack import MsgpackConverter
 
 VERSION = b"gpuctl/1"
 SCHEMA = 1
@@ -39,8 +41,6 @@ MAX_DEPTH = 16
 Mode = Literal["wait", "abort"]
 OnParked = Literal["refuse", "wait", "reload"]
 ImageFormat = Literal["png", "webp", "raw"]
-
-type_of = type  # ``type`` is a field name below
 
 
 _ID: list[Any] = [attrs.validators.min_len(1), attrs.validators.max_len(64)]
@@ -294,23 +294,27 @@ AnyRequest = (
 
 REQUESTS: dict[str, type[Any]] = {cls.op: cls for cls in get_args(AnyRequest)}
 
-_converter = make_converter(forbid_extra_keys=True)
+
+@functools.cache
+def _converter() -> MsgpackConverter:
+    """Structures requests strictly. Only the daemon needs it, so a client does not import it."""
+    from cattrs.preconf.msgpack import make_converter  # noqa: PLC0415
+
+    converter = make_converter(forbid_extra_keys=True)
+    for kind, also in ((bool, bool), (int, int), (str, str), (float, int)):
+        converter.register_structure_hook(kind, _exactly(kind, also))
+    return converter
 
 
-def _strict(kind: type[Any], *also: type[Any]) -> None:
+def _exactly(kind: type[Any], also: type[Any]) -> Callable[[Any, Any], Any]:
     """Refuse to coerce: cattrs would turn the string "no" into True."""
 
     def structure(value: Any, _: Any) -> Any:
-        if type_of(value) is not kind and type_of(value) not in also:
-            raise TypeError(f"expected {kind.__name__}, got {type_of(value).__name__}")
+        if type(value) not in {kind, also}:
+            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
         return kind(value)
 
-    _converter.register_structure_hook(kind, structure)
-
-
-for _kind in (bool, int, str):
-    _strict(_kind)
-_strict(float, int)
+    return structure
 
 
 def encode(message: Request | dict[str, Any], blobs: Sequence[Any] = ()) -> list[Any]:
@@ -321,7 +325,7 @@ def encode(message: Request | dict[str, Any], blobs: Sequence[Any] = ()) -> list
 
 def to_map(request: Request) -> dict[str, Any]:
     """The request as it travels: its fields and ``op``."""
-    return {"op": request.op, **_converter.unstructure(request)}
+    return {"op": request.op, **attrs.asdict(request, recurse=False)}
 
 
 def decode_map(frame: bytes | memoryview) -> dict[str, Any]:
@@ -382,8 +386,10 @@ def request_from_map(fields: dict[str, Any]) -> Any:
     cls = REQUESTS.get(op) if isinstance(op, str) else None
     if cls is None:
         raise BadRequest(f"unknown operation {op!r}", f"one of {', '.join(REQUESTS)}")
+    from cattrs import BaseValidationError, transform_error  # noqa: PLC0415  see _converter
+
     try:
-        return _converter.structure({k: v for k, v in fields.items() if k != "op"}, cls)
+        return _converter().structure({k: v for k, v in fields.items() if k != "op"}, cls)
     except BaseValidationError as invalid:
         raise BadRequest(f"{op}: {'; '.join(transform_error(invalid, path='request'))}") from None
 

@@ -118,11 +118,11 @@ def _serve(
     with contextlib.ExitStack() as ending:
         forkserver.start()
         ending.callback(forkserver.stop)
-        from gpuctld.service import build  # noqa: PLC0415  torch takes seconds, there as here
+        from gpuctld.service import build, read_catalog  # noqa: PLC0415  torch takes seconds, there as here
 
         def reconfigure() -> Reconfigured:
             fresh, _ = _configuration(options)
-            return Reconfigured(catalog.from_config(fresh), fresh.phases)
+            return Reconfigured(read_catalog(fresh), fresh.phases)
 
         controller = build(settings, crew, endpoint, private, reconfigure, manager=manager)
         ending.enter_context(contextlib.closing(controller))

@@ -96,7 +96,8 @@ class Controller:
 
     def run(self) -> None:
         """Serve until stopped."""
-        self._inbox.append(events.Restored(self.state_file.read()))
+        if self.fleet.state.config.daemon.restore:
+            self._inbox.append(events.Restored(self.state_file.read()))
         for gpu in self.fleet.state.workers:
             self._carry_out(effects.Spawn(gpu))
         while not self.fleet.stopped:

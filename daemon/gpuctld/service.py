@@ -6,10 +6,13 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import zmq
 
 import gpuctl
+from gpuctl.errors import BadModel
 from gpuctld import catalog
+from gpuctld.catalog import Catalog, Model
 from gpuctld.config import Config
 from gpuctld.controller import About, Controller, ServiceManager
 from gpuctld.devices import Device
@@ -22,8 +25,25 @@ from gpuctld.service_manager import Notifier
 from gpuctld.signals import SignalPipe
 from gpuctld.state_file import StateFile
 from gpuctld.supervisor import Supervisor, WorkerMain, WorkerSpec
+from gpuctld.weights import folder
 from gpuctld.weights.store import HostStore
 from gpuctld.worker.main import main as worker_main
+
+
+def read_catalog(settings: Config) -> Catalog:
+    """The catalog with an estimate of each model's size, from the headers of its files.
+
+    A folder that cannot be read counts as nothing here; loading it says what is wrong.
+    """
+    models = catalog.from_config(settings)
+    return Catalog({m.name: attrs.evolve(m, estimated_bytes=_estimate(m)) for m in models})
+
+
+def _estimate(model: Model) -> int:
+    try:
+        return folder.estimate_bytes(Path(model.path), model.dtype, model.variant)
+    except (BadModel, OSError):
+        return 0
 
 
 def build(
@@ -50,7 +70,7 @@ def build(
     specs = _specs(settings, crew, private)
     about = About(version=gpuctl.__version__, epoch=secrets.token_hex(8), socket=endpoint)
     return Controller(
-        fleet=Fleet(settings, catalog.from_config(settings), crew),
+        fleet=Fleet(settings, read_catalog(settings), crew),
         door=Door(context, endpoint),
         links=Links(context, {gpu: spec.endpoint for gpu, spec in specs.items()}),
         supervisor=Supervisor(specs, worker),

@@ -172,3 +172,14 @@ def test_a_second_daemon_leaves_at_once_with_the_first_ones_pid(daemon):
     done = daemon.cli("serve", "--config", str(daemon.config), "--devices", "cpu", check=7)
     assert str(daemon.process.pid) in done.stderr
     assert time.monotonic() - started < 3
+
+
+def test_a_model_over_the_host_budget_is_refused_before_anything_is_read(own_daemon):
+    daemon = own_daemon(1)
+    assert daemon.stop() == 0
+    config = daemon.config.read_text()
+    daemon.config.write_text(config.replace("[daemon]", '[daemon]\nhost_budget = "1MiB"'))
+    daemon.start()
+    refused = daemon.cli("load", "shapes", check=6)
+    assert "host_budget" in refused.stderr
+    assert daemon.states() == ["absent"]

@@ -29,7 +29,7 @@ from gpuctld.fleet.events import (
     Stopping,
     Tick,
 )
-from gpuctld.fleet.state import FleetState, Operation, Purpose, StepState, Worker
+from gpuctld.fleet.state import FleetState, Operation, Purpose, StepState, Task, Worker
 from gpuctld.messages import (
     Beat,
     CancelTask,
@@ -190,10 +190,7 @@ class Fleet:
 
     def _done(self, worker: Worker, event: Heard, now: float) -> None:
         message: Done = event.message
-        task = worker.task
-        if task is None or task.id != message.task:
-            return
-        worker.task = None
+        task = _settled(worker, message.task)
         if task.job is not None:
             jobs.finished(self.state, task.job, message.result, event.blobs, now)
         elif task.step is not None:
@@ -201,10 +198,7 @@ class Fleet:
 
     def _failed(self, worker: Worker, event: Heard, now: float) -> None:
         message: Failed = event.message
-        task = worker.task
-        if task is None or task.id != message.task:
-            return
-        worker.task = None
+        task = _settled(worker, message.task)
         if task.job is not None:
             jobs.failed(self.state, task.job, message.error, now)
         elif task.step is not None:
@@ -301,6 +295,15 @@ class Fleet:
         steps = moves.unload_steps(loaded, id_, Tier.HOST, model)
         operation = Operation(id_, "unload", steps, now, purpose=Purpose.NOBODY)
         moves.begin(self.state, operation)
+
+
+def _settled(worker: Worker, task_id: str) -> Task:
+    """The task that an answer belongs to, now over; an empty one for an answer to nothing."""
+    task = worker.task
+    if task is None or task.id != task_id:
+        return Task(task_id, 0.0)
+    worker.task = None
+    return task
 
 
 def _on(call: Callable[[FleetState, Any, float], None]) -> Handler:

@@ -7,11 +7,14 @@ that knows about devices' memory.
 from gpuctld.weights.gauge import Gauge, gauge
 from gpuctld.weights.layout import Layout
 from gpuctld.weights.reading import ModelSource
+from gpuctld.weights.rendezvous import Listener, Meeting
 from gpuctld.weights.resident import Resident, attach, attach_parked, load
 
 __all__ = [
     "Gauge",
     "Layout",
+    "Listener",
+    "Meeting",
     "ModelSource",
     "Resident",
     "attach",

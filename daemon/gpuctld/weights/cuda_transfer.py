@@ -114,7 +114,13 @@ class _Ring:
     """A few pinned buffers through which pageable memory is copied, used in turn."""
 
     def __init__(self) -> None:
-        self._slots = [_slot() for _ in range(RING_SLOTS)]
+        self._slots = [
+            (
+                torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True),
+                torch.cuda.Event(),  # type: ignore[no-untyped-call]
+            )
+            for _ in range(RING_SLOTS)
+        ]
         self._turn = 0
 
     def send(self, source: torch.Tensor, target: int, stream: torch.cuda.Stream) -> None:
@@ -124,9 +130,3 @@ class _Ring:
         buffer[: source.numel()].copy_(source)
         driver.copy_async(target, buffer.data_ptr(), source.numel(), stream.cuda_stream)
         sent.record(stream)
-
-
-def _slot() -> tuple[torch.Tensor, torch.cuda.Event]:
-    """A buffer, and the event after which it may be written again."""
-    buffer = torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True)
-    return buffer, torch.cuda.Event()  # type: ignore[no-untyped-call]

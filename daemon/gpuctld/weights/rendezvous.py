@@ -123,20 +123,14 @@ def _hear_hello(connection: socket.socket, meeting: Meeting, deadline: float) ->
     connection.settimeout(_left(deadline))
     packet, descriptors, _, _ = socket.recv_fds(connection, HELLO_BYTES, MOST_DESCRIPTORS)
     try:
-        rank, sizes = _understand(packet, meeting.token)
+        hello = json.loads(packet)
+        sizes = hello["sizes"] if hello["token"] == meeting.token else []
         memory = list(zip(descriptors, sizes, strict=True))
-    except ValueError:
+    except (ValueError, KeyError):
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-    return Link(rank, connection, memory)
-
-
-def _understand(packet: bytes, token: str) -> tuple[int, list[int]]:
-    hello = json.loads(packet)
-    if hello["token"] != token:
-        raise ValueError("a caller from another reload")
-    return hello["rank"], hello["sizes"]
+    return Link(int(hello["rank"]), connection, memory)
 
 
 def _left(deadline: float) -> float:

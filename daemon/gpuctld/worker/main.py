@@ -30,7 +30,7 @@ from gpuctld.messages import (
     UnloadModel,
 )
 from gpuctld.supervisor import WorkerSpec
-from gpuctld.weights import Layout, ModelSource, Resident
+from gpuctld.weights import Layout, Listener, Meeting, ModelSource, Resident
 from gpuctld.worker import generate
 from gpuctld.worker.lifeline import die_with_parent, volunteer_for_oom
 from gpuctld.worker.link import Link
@@ -82,6 +82,7 @@ class Worker:
         self._device = torch.device("cuda:0" if spec.device.is_cuda else "cpu")
         self._models: dict[str, Resident] = {}
         self._gauge = weights.gauge(self._device, spec.device.uuid)
+        self._listener = Listener(spec.peer_paths[spec.device.gpu])
         self._link = Link(spec.endpoint, self._gauge.memory, self._gauge.foreign)
         self._handlers: dict[type[Any], Callable[[Any, Sequence[Any]], None]] = {
             LoadModel: self._load,
@@ -177,8 +178,18 @@ class Worker:
 
     def _reload(self, command: ReloadModel, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
-        reloaded = resident.reload(self._progress(command.task), verify=command.verify)
+        reloaded = resident.reload(
+            self._progress(command.task),
+            verify=command.verify,
+            meeting=self._meeting(command.fanout),
+        )
         self._done(command, resident, path=reloaded.path)
+
+    def _meeting(self, plan: dict[str, Any] | None) -> Meeting | None:
+        if plan is None:
+            return None
+        paths = [self._spec.peer_paths[gpu] for gpu in plan["gpus"]]
+        return Meeting(token=plan["token"], rank=plan["rank"], paths=paths, listener=self._listener)
 
     def _change_adapter(self, command: ChangeAdapter, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
