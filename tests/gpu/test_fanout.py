@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import socket
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from gpuctld import weights
-from gpuctld.weights.fanout import shares
 from gpuctld.weights.rendezvous import Listener, Meeting
 from tests.gpu import graphs
 from tests.gpu.conftest import DEVICE, silent
@@ -75,12 +73,3 @@ def test_a_peer_that_never_comes_is_done_without(tmp_path):
 def test_a_peer_that_dies_half_way_is_done_without(tmp_path):
     took = reload_together(tmp_path, [0, 1], dying=[0])
     assert took[1] in {"pinned", "staged"}
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 6, 8])
-def test_shares_cover_every_byte_once(world):
-    for size in (1, 512, 65_536, 100_000_000):
-        spans = shares(size, world)
-        assert spans[0][0] == 0
-        assert spans[-1][1] == size
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))

@@ -20,6 +20,11 @@ from gpuctld.weights.segment import Segment, pack_table
 from gpuctld.weights.skeleton import Plan, Unpackable
 from gpuctld.weights.transfer import Progress
 
+CONFIRMED = 0.9
+"""Of a model's bytes must be gone from the driver's books before an unload is called done."""
+
+PATIENCE_S = 0.1
+
 
 @attrs.frozen(kw_only=True)
 class Freed:
@@ -176,13 +181,22 @@ class Resident:
         self.adapters.park()
         self._mover.park()
         self.tier = Tier.HOST
-        after = self._gauge.residual()
+        after = self._settled(before - int(self.device_bytes * CONFIRMED))
         return Freed(
             freed_bytes=max(0, before - after),
             residual_bytes=after,
             duration_s=time.perf_counter() - started,
             foreign=self._gauge.foreign(),
         )
+
+    def _settled(self, expected: int) -> int:
+        """What this process still holds, once the driver's books have followed."""
+        deadline = time.monotonic() + PATIENCE_S
+        after = self._gauge.residual()
+        while after > expected > 0 and time.monotonic() < deadline:
+            time.sleep(0.001)
+            after = self._gauge.residual()
+        return after
 
     def reload(
         self, progress: Progress, *, verify: bool = False, meeting: Meeting | None = None

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import attrs
 import torch
 
+from gpuctl.errors import OutOfMemory
+
 HANDLE_BYTES = 1024 * 1024 * 1024
 """Of device memory per handle: few enough to map and unmap 24 GB in some 10 ms each. Handles of
 2 MiB take 390 ms."""
@@ -141,13 +143,20 @@ class CudaSlab:
             yield start, min(size, self.size - start)
 
     def _map_piece(self, start: int, size: int) -> None:
-        handle = self._driver.create(size, self.device)
+        handle = self._create(size)
         try:
             self._driver.map_at(self.address + start, size, handle, self.device)
         except BaseException:
             self._driver.release(handle)
             raise
         self._pieces.append(_Piece(self.address + start, size, handle))
+
+    def _create(self, size: int) -> Any:
+        try:
+            return self._driver.create(size, self.device)
+        except OutOfMemory:
+            torch.cuda.empty_cache()  # what torch keeps for later is ours now
+            return self._driver.create(size, self.device)
 
     def export(self) -> list[tuple[int, int]]:
         """A file descriptor and the size of each mapped piece; the caller closes them."""
@@ -159,6 +168,7 @@ class CudaSlab:
             piece = self._pieces.pop()
             self._driver.unmap(piece.address, piece.size)
             self._driver.release(piece.handle)
+        torch.cuda.empty_cache()  # the activations' memory as well
 
     def close(self) -> None:
         self.unmap()
