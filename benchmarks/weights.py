@@ -19,7 +19,6 @@ import importlib.util
 import json
 import multiprocessing
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -77,26 +76,6 @@ def together(arms: list[Arm], name: str, each: list[dict[str, Any]] | None = Non
         arm.send(name, **(each[number] if each else {}))
     answers = [arm.receive() for arm in arms]
     return {"seconds": time.perf_counter() - started, "answers": answers}
-
-
-class Helper:
-    """``python -m gpuctld.checkpoint``."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "gpuctld.checkpoint"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, text=True, **pipes)
-
-    def ask(self, verb: str, pid: int) -> Sample:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{verb} {pid}\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return {"seconds": answer["duration_s"], "error": answer["error"]}
-
-    def end(self) -> None:
-        self._process.communicate()
 
 
 class Bench:
@@ -199,29 +178,22 @@ class Bench:
 
     def _checkpoint(self, arms: list[Arm]) -> None:
         """The driver's checkpoint of a process that has everything on its GPU."""
-        pid = self.found["module_threads_reload"][-1]["answers"][0]["pid"]
-        helper = Helper()
         for _ in range(2):
-            self._note("checkpoint_unload", helper.ask("suspend", pid))
-            self._note("checkpoint_reload", helper.ask("wake", pid))
-        helper.end()
+            self._note("checkpoint_unload", together(arms, "suspend"))
+            self._note("checkpoint_reload", together(arms, "wake"))
         together(arms, "clear")
 
     def _suspend(self) -> None:
-        helper = Helper()
         for _ in range(4):
             together(self.ours, "unload")
             memory = together(self.ours, "memory")["answers"]
             self._note("left_after_unload", memory[0])
             self._note("unpin", together(self.ours, "pins", [{"on": False}] * self.gpus))
-            for each in memory:
-                self._note("suspend", helper.ask("suspend", each["pid"]))
+            self._note("suspend", together(self.ours, "suspend"))
             self._note("left_after_suspend", {"used": _nvml_used() - self._base})
-            for each in memory:
-                self._note("wake", helper.ask("wake", each["pid"]))
+            self._note("wake", together(self.ours, "wake"))
             self._note("pin", together(self.ours, "pins", [{"on": True}] * self.gpus))
             together(self.ours, "reload")
-        helper.end()
 
     def _neighbour(self) -> None:
         """Steps on GPU 1 while GPU 0 does something else."""

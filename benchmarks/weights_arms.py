@@ -54,6 +54,7 @@ class Slabs:
         self._listener = Listener(path)
         uuid = f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
         self._gauge = weights.gauge(DEVICE, uuid)
+        self._context = weights.context(DEVICE)
         torch.zeros(1, device=DEVICE)
         self._context_bytes = used_bytes()
         self._resident: Resident
@@ -123,8 +124,14 @@ class Slabs:
             self._resident.release_pins()
         return time.perf_counter() - started
 
+    def suspend(self) -> None:
+        self._context.suspend()
+
+    def wake(self) -> None:
+        self._context.wake()
+
     def memory(self) -> dict[str, int]:
-        return {"used": used_bytes(), "context": self._context_bytes, "pid": os.getpid()}
+        return {"used": used_bytes(), "context": self._context_bytes}
 
     def churn(self, seconds: float, what: str) -> int:
         """What a neighbour has to live with, again and again for a while."""
@@ -163,6 +170,7 @@ class ModuleTo:
             skeleton.assemble(segment.skeleton(made), segment.entries(made), segment.slab)
             for _ in range(torch.cuda.device_count())
         ]
+        self._context = weights.context(DEVICE)
 
     def unload(self) -> dict[str, Any]:
         return self._on_all(lambda pipeline, _: pipeline.to("cpu"))
@@ -184,7 +192,13 @@ class ModuleTo:
             torch.cuda.synchronize(gpu)
         gc.collect()
         torch.cuda.empty_cache()
-        return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
+        return {"seconds": time.perf_counter() - started}
+
+    def suspend(self) -> None:
+        self._context.suspend()
+
+    def wake(self) -> None:
+        self._context.wake()
 
     def clear(self) -> None:
         self._pipelines.clear()

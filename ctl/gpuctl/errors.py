@@ -18,6 +18,7 @@
     ├── UnknownGpu              unknown_gpu           8
     ├── Timeout                 timeout             124
     ├── Cancelled               cancelled           130
+    ├── SuspendRefused          suspend_refused       1   the driver keeps the CUDA context
     ├── BadModel                bad_model             1   missing, damaged or refused model files
     ├── WorkerLost              worker_lost           1   the worker's process ended meanwhile
     ├── WorkerFailed            worker_failed         1   the worker is out of its restart budget
@@ -152,6 +153,12 @@ class Cancelled(GpuctlError):
 
     code = "cancelled"
     exit_status = 130
+
+
+class SuspendRefused(GpuctlError):
+    """The driver does not give the CUDA context back: too old, or it says why."""
+
+    code = "suspend_refused"
 
 
 class BadModel(GpuctlError):

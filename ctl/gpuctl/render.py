@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 def move(row: Row) -> str:
     """One worker's line: ``gpu 0  shapes  device -> host  23.8 GiB freed in 31 ms``."""
-    where = f"gpu {row['gpu']}  {row['model']}"
+    where = f"gpu {row['gpu']}  {row['model'] or 'context'}"
     if row["error"] is not None:
         return f"{where}  stays in {row['tier']}: {row['error']['message']}"
     start, end = row["from_tier"], row["tier"]

@@ -35,7 +35,13 @@ class UnloadModel:
     task: str
     model: str
     tier: str
-    suspend: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Suspend:
+    """Give back the CUDA context; the next command that needs the device takes it again."""
+
+    task: str
 
 
 @attrs.frozen(kw_only=True)
@@ -136,6 +142,18 @@ class Done:
 
 
 @attrs.frozen(kw_only=True)
+class Suspended:
+    """The worker's context is off the device, which has ``context_bytes`` more."""
+
+    context_bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class Woken:
+    """The worker's context is back on the device."""
+
+
+@attrs.frozen(kw_only=True)
 class Failed:
     """The task failed and the worker is in its last true state; ``error`` as on the wire."""
 
@@ -151,8 +169,18 @@ class Fault:
     error: dict[str, Any]
 
 
-Command = LoadModel | UnloadModel | ReloadModel | RunJob | ChangeAdapter | CancelTask | Probe | Stop
-Event = Hello | Beat | Probed | Progress | Done | Failed | Fault
+Command = (
+    LoadModel
+    | UnloadModel
+    | Suspend
+    | ReloadModel
+    | RunJob
+    | ChangeAdapter
+    | CancelTask
+    | Probe
+    | Stop
+)
+Event = Hello | Beat | Probed | Progress | Done | Suspended | Woken | Failed | Fault
 
 _KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in (*Command.__args__, *Event.__args__)}
 

@@ -37,7 +37,6 @@ def acquire(fleet: FleetState, event: Requested, now: float) -> None:
         Leased: another lease is in force or first in line, and the caller does not wait.
     """
     request: LeaseAcquire = event.request
-    moves.refuse_suspend(request.suspend)
     workers = fleet.select(request.gpus)
     _check_size(workers, request.need_bytes)
     lease = _new(request, event, [worker.gpu for worker in workers], now)
@@ -122,11 +121,12 @@ def _begin(fleet: FleetState, lease: Lease, now: float) -> None:
     workers = fleet.select(lease.gpus)
     lease.restore = {worker.gpu: _loaded(worker) for worker in workers}
     lease.state = LeaseState.UNLOADING
-    steps = moves.unload_steps(workers, f"begin-{lease.id}", Tier.HOST, None)
-    for step in steps:
-        step.suspend = lease.suspend
+    id_ = f"begin-{lease.id}"
+    steps = moves.unload_steps(workers, id_, Tier.HOST, None)
+    if lease.suspend:
+        steps += moves.suspend_steps(workers, id_)
     operation = Operation(
-        f"begin-{lease.id}",
+        id_,
         "unload",
         steps,
         now,

@@ -40,6 +40,8 @@ from gpuctld.messages import (
     Probed,
     Progress,
     Stop,
+    Suspended,
+    Woken,
 )
 
 Handler = Callable[["Fleet", Any, float], None]
@@ -171,6 +173,12 @@ class Fleet:
     def _beat(self, worker: Worker, event: Heard, now: float) -> None:
         workers.heard(worker, event.message.memory, now)
 
+    def _suspended(self, worker: Worker, event: Heard, now: float) -> None:
+        workers.suspended(self.state, worker, event.message, now)
+
+    def _woken(self, worker: Worker, event: Heard, now: float) -> None:
+        workers.woken(self.state, worker, now)
+
     def _probed(self, worker: Worker, event: Heard, now: float) -> None:
         message: Probed = event.message
         workers.heard(worker, message.memory, now)
@@ -252,7 +260,7 @@ class Fleet:
 
     def _drain(self, now: float) -> None:
         for worker in self.state.workers.values():
-            if worker.state is not WorkerState.READY:
+            if not worker.up:
                 continue
             if worker.task is None:
                 self.state.set_worker(worker, WorkerState.STOPPING, "the daemon stops", now)
@@ -350,6 +358,8 @@ _SAID: Mapping[type, Callable[[Fleet, Worker, Heard, float], None]] = {
     Probed: Fleet._probed,  # noqa: SLF001
     Progress: Fleet._progress,  # noqa: SLF001
     Done: Fleet._done,  # noqa: SLF001
+    Suspended: Fleet._suspended,  # noqa: SLF001
+    Woken: Fleet._woken,  # noqa: SLF001
     Failed: Fleet._failed,  # noqa: SLF001
     Fault: Fleet._fault,  # noqa: SLF001
 }

@@ -26,7 +26,15 @@ from gpuctld.fleet.state import (
     Task,
     Worker,
 )
-from gpuctld.messages import ChangeAdapter, Command, LoadModel, Probe, ReloadModel, UnloadModel
+from gpuctld.messages import (
+    ChangeAdapter,
+    Command,
+    LoadModel,
+    Probe,
+    ReloadModel,
+    Suspend,
+    UnloadModel,
+)
 
 REPROBE_S = 0.1
 
@@ -83,12 +91,11 @@ def unload(fleet: FleetState, request: Unload, now: float) -> None:
     Raises:
         UnknownModel, UnknownGpu: and nothing has changed.
     """
-    refuse_suspend(request.suspend)
     target = Tier(request.to)
     workers = fleet.select(request.gpus)
     steps = unload_steps(workers, request.id, target, _named(fleet, request.model))
-    for step in steps:
-        step.suspend = request.suspend
+    if request.suspend:
+        steps += suspend_steps(workers, request.id)
     begin(
         fleet,
         Operation(
@@ -100,16 +107,6 @@ def unload(fleet: FleetState, request: Unload, now: float) -> None:
             deadline=_deadline(request.timeout_s, now),
         ),
     )
-
-
-def refuse_suspend(asked: bool) -> None:
-    """CUDA contexts stay until the driver's checkpoint is built in: say so, free nothing less.
-
-    Raises:
-        BadRequest: it was asked for.
-    """
-    if asked:
-        raise BadRequest("suspending CUDA contexts is not supported yet", "unload without it")
 
 
 def reload(fleet: FleetState, request: Reload, now: float) -> None:
@@ -188,6 +185,11 @@ def unload_steps(
         for worker in workers
         for name in ([model] if model is not None else _present(worker))
     ]
+
+
+def suspend_steps(workers: Sequence[Worker], operation: str) -> list[Step]:
+    """One step per worker, to come after those that unload its models."""
+    return [Step(worker.gpu, "", Tier.HOST, operation, suspend=True) for worker in workers]
 
 
 def reload_steps(workers: Sequence[Worker], operation: str, model: str | None) -> list[Step]:
@@ -277,7 +279,7 @@ def _preflight(fleet: FleetState, operation: Operation, now: float) -> bool:
         return True
     asked = {step.gpu for step in operation.unfinished if _takes_memory(fleet, step)}
     for gpu in sorted(asked - operation.probes.keys()):
-        if fleet.workers[gpu].state is WorkerState.READY and now >= operation.probe_at:
+        if fleet.workers[gpu].up and now >= operation.probe_at:
             operation.probes[gpu] = None
             fleet.emit(Send(gpu, Probe(task=operation.id)))
     if any(operation.probes.get(gpu) is None for gpu in asked):
@@ -346,12 +348,14 @@ def _send_if_due(
         _end(fleet, step, now, Busy("not tried: another worker failed before (--fail-fast)"))
     elif worker.state is WorkerState.FAILED or not _has_process(worker):
         _end_without_process(fleet, worker, step, now)
+    elif worker.idle and step.suspend:
+        _send_suspend(fleet, worker, step, now)
     elif worker.idle and not _someone_reads_the_disk(fleet, step):
         _send(fleet, operation, worker, step, fanout, now)
 
 
 def _has_process(worker: Worker) -> bool:
-    return worker.state in {WorkerState.READY, WorkerState.STARTING, WorkerState.SUSPENDED}
+    return worker.up or worker.state is WorkerState.STARTING
 
 
 def _end_without_process(fleet: FleetState, worker: Worker, step: Step, now: float) -> None:
@@ -405,6 +409,22 @@ def _send(
     fleet.emit(Send(worker.gpu, command))
 
 
+def _send_suspend(fleet: FleetState, worker: Worker, step: Step, now: float) -> None:
+    """Only an empty device is given back: the driver would copy what is left to host memory."""
+    suspended = worker.state is WorkerState.SUSPENDED
+    step.origin = Tier.HOST if suspended else Tier.DEVICE
+    step.sent_at = now
+    loaded = [held.model for held in worker.models.values() if held.state is Residency.LOADED]
+    if suspended:
+        _end(fleet, step, now)
+    elif loaded:
+        _end(fleet, step, now, Busy(f"{', '.join(loaded)} is loaded there", "unload it as well"))
+    else:
+        step.state = StepState.SENT
+        worker.task = Task(step.task, now + fleet.config.deadlines.unload, step=step)
+        fleet.emit(Send(worker.gpu, Suspend(task=step.task)))
+
+
 def _underway(operation: Operation, step: Step, state: Residency) -> Residency | None:
     """The state during the move; ``None`` where there is nothing to do.
 
@@ -427,9 +447,7 @@ def _command(
     if step.change is not None:
         return ChangeAdapter(task=step.task, model=step.model, **attrs.asdict(step.change))
     if step.target is not Tier.DEVICE and state is not Residency.ABSENT:
-        return UnloadModel(
-            task=step.task, model=step.model, tier=str(step.target), suspend=step.suspend
-        )
+        return UnloadModel(task=step.task, model=step.model, tier=str(step.target))
     if state is Residency.PARKED:
         return ReloadModel(task=step.task, model=step.model, verify=operation.verify, fanout=fanout)
     worker, model = fleet.workers[step.gpu], fleet.catalog[step.model]
@@ -492,6 +510,9 @@ def _can_share(fleet: FleetState, step: Step) -> bool:
 
 def done(fleet: FleetState, worker: Worker, step: Step, result: dict[str, Any], now: float) -> None:
     """A worker has finished its step."""
+    if step.suspend:
+        _end(fleet, step, now, **_row_fields(result))
+        return
     held = worker.holding(step.model)
     layout = result.pop("layout", None)
     if layout is not None:
@@ -526,6 +547,9 @@ def failed(
     fleet: FleetState, worker: Worker, step: Step, error: dict[str, Any], now: float
 ) -> None:
     """A step failed; the model is again where it was."""
+    if step.suspend:
+        _end_with(fleet, step, now, error)
+        return
     held = worker.holding(step.model)
     back = {Tier.DISK: Residency.ABSENT, Tier.HOST: Residency.PARKED, Tier.DEVICE: Residency.LOADED}
     fleet.set_residency(worker, step.model, back[step.origin])
@@ -576,7 +600,7 @@ def progress(fleet: FleetState, step: Step, done_bytes: int, total: int) -> None
         op=operation.name if operation else "",
         gpu=step.gpu,
         model=step.model,
-        state=str(fleet.workers[step.gpu].state_of(step.model)),
+        state=report.state_after(fleet.workers[step.gpu], step),
         done=done_bytes,
         total=total,
     )

@@ -44,7 +44,7 @@ def needed_bytes(fleet: FleetState, step: Step) -> int:
 
 def shortage(worker: Worker, need: int, probe: dict[str, Any]) -> DeviceMemory | None:
     """Why ``need`` bytes do not fit, with who holds the memory and what to unload."""
-    free = probe["memory"]["free"]
+    free = max(0, probe["memory"]["free"] - worker.context_bytes)
     if need <= free:
         return None
     holders = [*_own_models(worker), *(_process(other) for other in probe["foreign"])]

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpuctl.errors import BadModel, GpuctlError, Partial
 from gpuctl.protocol import SCHEMA, Request
-from gpuctl.residency import JOB_ENDED, TIER, Residency
+from gpuctl.residency import JOB_ENDED, TIER, Residency, Tier, WorkerState
 from gpuctld.catalog import Model
 from gpuctld.fleet.state import FleetState, Holding, Job, Lease, Operation, Step, Worker
 
@@ -36,26 +36,40 @@ def refusal(request: Request, error: GpuctlError) -> dict[str, Any]:
 
 
 def row(worker: Worker, step: Step, now: float, **result: Any) -> dict[str, Any]:
-    """One worker's line of a load, unload or reload."""
-    held = worker.holding(step.model)
+    """One worker's line of a load, unload or reload; ``model`` is empty for its CUDA context."""
     return {
         "gpu": worker.gpu,
         "device": worker.device.name,
         "uuid": worker.device.uuid,
         "pid": worker.pid,
         "model": step.model,
-        "state": str(held.state),
+        "state": state_after(worker, step),
         "from_tier": str(step.origin),
-        "tier": str(TIER[held.state]),
         "freed_bytes": 0,
         "residual_bytes": 0,
-        "device_bytes": held.device_bytes,
-        "host_bytes": held.host_bytes,
+        **_place(worker, step),
         "duration_s": now - step.sent_at if step.sent_at else 0.0,
         "path": "",
         "foreign": [],
         "error": None,
         **result,
+    }
+
+
+def state_after(worker: Worker, step: Step) -> str:
+    """The state of what the step is about: the worker itself, or one of its models."""
+    return str(worker.state if step.suspend else worker.state_of(step.model))
+
+
+def _place(worker: Worker, step: Step) -> dict[str, Any]:
+    if step.suspend:
+        tier = Tier.HOST if worker.state is WorkerState.SUSPENDED else Tier.DEVICE
+        return {"tier": str(tier), "device_bytes": 0, "host_bytes": 0}
+    held = worker.holding(step.model)
+    return {
+        "tier": str(TIER[held.state]),
+        "device_bytes": held.device_bytes,
+        "host_bytes": held.host_bytes,
     }
 
 

@@ -60,8 +60,9 @@ class AdapterChange:
 class Step:
     """Bring one model on one worker to one tier. ``row`` is its line of the reply, once ended.
 
-    With ``change`` the model stays where it is and an adapter comes or goes. ``done``: the part
-    of the bytes that has been moved, 0 to 1.
+    With ``change`` the model stays where it is and an adapter comes or goes. With ``suspend``
+    it is about no model but about the worker's CUDA context. ``done``: the part of the bytes
+    that has been moved, 0 to 1.
     """
 
     gpu: int
@@ -202,7 +203,10 @@ class Task:
 
 @attrs.define(eq=False)
 class Worker:
-    """The process that owns one device. ``wanted``: the tier each model shall be in."""
+    """The process that owns one device. ``wanted``: the tier each model shall be in.
+
+    ``context_bytes``: what a suspended worker takes of the device when it wakes.
+    """
 
     device: Device
     state: WorkerState = WorkerState.STARTING
@@ -211,6 +215,7 @@ class Worker:
     memory: dict[str, int] = attrs.field(factory=lambda: {"total": 0, "used": 0, "free": 0})
     models: dict[str, Holding] = attrs.field(factory=dict)
     wanted: dict[str, Tier] = attrs.field(factory=dict)
+    context_bytes: int = 0
     task: Task | None = None
     restarts: int = 0
     futile_starts: int = 0
@@ -224,8 +229,13 @@ class Worker:
         return self.device.gpu
 
     @property
+    def up(self) -> bool:
+        """Its process answers, with or without a CUDA context."""
+        return self.state in {WorkerState.READY, WorkerState.SUSPENDED}
+
+    @property
     def idle(self) -> bool:
-        return self.state is WorkerState.READY and self.task is None
+        return self.up and self.task is None
 
     def holding(self, model: str) -> Holding:
         """The model's place on this worker; made on first use."""

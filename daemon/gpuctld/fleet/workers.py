@@ -10,7 +10,7 @@ from gpuctl.residency import Residency, WorkerState
 from gpuctld.fleet import jobs, moves
 from gpuctld.fleet.effects import Send, Signal, Spawn
 from gpuctld.fleet.state import FleetState, Task, Worker
-from gpuctld.messages import CancelTask, Hello
+from gpuctld.messages import CancelTask, Hello, Suspended
 
 SILENCE_S = 10.0
 """Without a beat for that long the process is stopped or holds its interpreter lock."""
@@ -37,6 +37,18 @@ def heard(worker: Worker, memory: dict[str, int], now: float) -> None:
     worker.memory, worker.heard_at = memory, now
 
 
+def suspended(fleet: FleetState, worker: Worker, message: Suspended, now: float) -> None:
+    """Its context is off the device until something there needs it."""
+    worker.context_bytes = message.context_bytes
+    fleet.set_worker(worker, WorkerState.SUSPENDED, "", now)
+
+
+def woken(fleet: FleetState, worker: Worker, now: float) -> None:
+    """Its context is back."""
+    worker.context_bytes = 0
+    fleet.set_worker(worker, WorkerState.READY, "", now)
+
+
 def died(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
     """The process has ended: settle its task, then restart it after a while."""
     task, worker.task = worker.task, None
@@ -46,6 +58,7 @@ def died(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
         held.state = Residency.ABSENT
     if starting or loading:
         worker.futile_starts += 1
+    worker.context_bytes = 0
     moves.forget_probes(fleet, worker.gpu)
     if task is not None:
         _settle(fleet, worker, task, reason, now)
@@ -112,7 +125,7 @@ def watch(fleet: FleetState, now: float) -> None:
     for worker in fleet.workers.values():
         if worker.state is WorkerState.STARTING and worker.pid:
             _watch_start(fleet, worker, now)
-        elif worker.state is WorkerState.READY:
+        elif worker.up:
             _watch_running(fleet, worker, now)
         elif worker.state is WorkerState.STOPPING and worker.pid and not fleet.stopping:
             _watch_leaving(fleet, worker, now)

@@ -4,6 +4,7 @@ Inference does not change weights, so an unload copies nothing back: it unmaps. 
 that knows about devices' memory.
 """
 
+from gpuctld.weights.context import Context, context
 from gpuctld.weights.gauge import Gauge, gauge
 from gpuctld.weights.layout import Layout
 from gpuctld.weights.reading import ModelSource
@@ -11,6 +12,7 @@ from gpuctld.weights.rendezvous import Listener, Meeting
 from gpuctld.weights.resident import Resident, attach, attach_parked, load
 
 __all__ = [
+    "Context",
     "Gauge",
     "Layout",
     "Listener",
@@ -19,6 +21,7 @@ __all__ = [
     "Resident",
     "attach",
     "attach_parked",
+    "context",
     "gauge",
     "load",
 ]

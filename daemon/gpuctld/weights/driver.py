@@ -7,6 +7,7 @@ and sizes are plain integers, in bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from cuda.bindings import driver as cuda
@@ -128,6 +129,43 @@ def register_host(address: int, size: int) -> None:
 def unregister_host(address: int) -> None:
     """Undo :func:`register_host`; named by the first address."""
     _call(cuda.cuMemHostUnregister(address))
+
+
+def lock_process(pid: int, timeout_ms: int) -> None:
+    """Have a process's CUDA calls wait, once those under way are done.
+
+    Raises:
+        DriverError: not within ``timeout_ms``, or the driver is older than 570.
+    """
+    arguments = cuda.CUcheckpointLockArgs()
+    arguments.timeoutMs = timeout_ms
+    _checkpoint(cuda.cuCheckpointProcessLock, pid, arguments)
+
+
+def checkpoint_process(pid: int) -> None:
+    """Move everything that a locked process has on its GPUs to host memory."""
+    _checkpoint(cuda.cuCheckpointProcessCheckpoint, pid, cuda.CUcheckpointCheckpointArgs())
+
+
+def restore_process(pid: int) -> None:
+    """Move it back.
+
+    Raises:
+        OutOfMemory: the device has not enough; nothing has changed.
+    """
+    _checkpoint(cuda.cuCheckpointProcessRestore, pid, cuda.CUcheckpointRestoreArgs())
+
+
+def unlock_process(pid: int) -> None:
+    """Undo :func:`lock_process`."""
+    _checkpoint(cuda.cuCheckpointProcessUnlock, pid, cuda.CUcheckpointUnlockArgs())
+
+
+def _checkpoint(call: Callable[[int, Any], tuple[Any, ...]], pid: int, arguments: Any) -> None:
+    try:
+        _call(call(pid, arguments))
+    except RuntimeError as missing:  # the bindings know the call and the driver does not
+        raise DriverError(f"the driver is too old: {missing}") from None
 
 
 def current_context() -> Any:

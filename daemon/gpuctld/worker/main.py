@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import torch
 
-from gpuctl.errors import BadRequest, GpuctlError, OutOfMemory
+from gpuctl.errors import BadRequest, GpuctlError, OutOfMemory, SuspendRefused
 from gpuctld import weights
 from gpuctld.messages import (
     ChangeAdapter,
@@ -27,7 +27,10 @@ from gpuctld.messages import (
     ReloadModel,
     RunJob,
     Stop,
+    Suspend,
+    Suspended,
     UnloadModel,
+    Woken,
 )
 from gpuctld.supervisor import WorkerSpec
 from gpuctld.weights import Layout, Listener, Meeting, ModelSource, Resident
@@ -82,11 +85,13 @@ class Worker:
         self._device = torch.device("cuda:0" if spec.device.is_cuda else "cpu")
         self._models: dict[str, Resident] = {}
         self._gauge = weights.gauge(self._device, spec.device.uuid)
+        self._context = weights.context(self._device)
         self._listener = Listener(spec.peer_paths[spec.device.gpu])
         self._link = Link(spec.endpoint, self._gauge.memory, self._gauge.foreign)
         self._handlers: dict[type[Any], Callable[[Any, Sequence[Any]], None]] = {
             LoadModel: self._load,
             UnloadModel: self._unload,
+            Suspend: self._suspend,
             ReloadModel: self._reload,
             ChangeAdapter: self._change_adapter,
             RunJob: self._generate,
@@ -103,9 +108,15 @@ class Worker:
             if isinstance(command, Stop):
                 break
             self._execute(command, blobs)
+        self._drop_all()
+        self._link.close()
+
+    def _drop_all(self) -> None:
+        if self._context.suspended:  # nothing is on the device, and CUDA would wait for ever
+            self._link.close()
+            os._exit(0)
         for name in list(self._models):
             self._models.pop(name).drop()
-        self._link.close()
 
     def _execute(self, command: Any, blobs: Sequence[Any]) -> None:
         try:
@@ -141,6 +152,7 @@ class Worker:
 
     def _load(self, command: LoadModel, _: Sequence[Any]) -> None:
         descriptor = self._take_descriptor()
+        self._wake()
         source = ModelSource(**command.source)
         try:
             resident = self._bring_up(command, source, descriptor)
@@ -170,13 +182,50 @@ class Worker:
 
     def _unload(self, command: UnloadModel, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
+        suspended = self._context.suspended
+        self._wake()
         freed = resident.unload()
         about = _about(resident)
         if command.tier == "disk":
             self._models.pop(command.model).drop()
+        if suspended:  # a drop has work to do on the device; whoever has it now keeps it
+            self._sleep()
         self._link.send(Done(task=command.task, result={**about, **attrs.asdict(freed)}))
 
+    def _suspend(self, command: Suspend, _: Sequence[Any]) -> None:
+        freed = self._sleep()
+        result = {"freed_bytes": freed, "residual_bytes": self._gauge.residual()}
+        self._link.send(Done(task=command.task, result=result))
+
+    def _sleep(self) -> int:
+        """Give the context back; the bytes that this frees.
+
+        Without pinned memory there is next to nothing for the driver to move.
+        """
+        before = self._gauge.residual()
+        for resident in self._models.values():
+            resident.release_pins()
+        try:
+            self._context.suspend()
+        except SuspendRefused:
+            self._restore_pins()
+            raise
+        freed = max(0, before - self._gauge.residual())
+        self._link.send(Suspended(context_bytes=freed))
+        return freed
+
+    def _wake(self) -> None:
+        if self._context.suspended:
+            self._context.wake()
+            self._link.send(Woken())
+            self._restore_pins()
+
+    def _restore_pins(self) -> None:
+        for resident in self._models.values():
+            resident.restore_pins()
+
     def _reload(self, command: ReloadModel, _: Sequence[Any]) -> None:
+        self._wake()
         resident = self._models[command.model]
         reloaded = resident.reload(
             self._progress(command.task),

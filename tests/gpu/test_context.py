@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
+from gpuctl.errors import SuspendRefused
+from gpuctld import weights
 from tests.gpu.conftest import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -23,12 +25,17 @@ from tests.gpu import graphs
 from tests.gpu.conftest import DEVICE, silent
 
 _, resident = graphs.attached(graphs.linear(8192), DEVICE, weights.gauge(torch.device("cpu"), ""))
+context = weights.context(DEVICE)
 data = torch.ones(8, 8192, device=DEVICE)
 expected = resident.pipeline.components["layer"](data)
 resident.unload()
-resident.release_pins()
 print("parked", flush=True)
 sys.stdin.readline()
+resident.release_pins()
+context.suspend()
+print("suspended", flush=True)
+sys.stdin.readline()
+context.wake()
 resident.restore_pins()
 resident.reload(silent, verify=True)
 print(torch.equal(resident.pipeline.components["layer"](data), expected), flush=True)
@@ -37,29 +44,17 @@ sys.stdin.readline()
 
 
 @pytest.fixture
-def helper():
-    process = _python("-m", "gpuctld.checkpoint")
-    yield process
-    process.stdin.close()
-    process.wait(10)
-
-
-@pytest.fixture
 def worker():
-    process = _python("-c", WORKER)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", WORKER], text=True, **pipes)
     assert process.stdout.readline() == "parked\n"
     yield process
     process.kill()
     process.wait(10)
 
 
-def _python(*arguments):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *arguments], text=True, **pipes)
-
-
-def ask(process, line):
-    process.stdin.write(line + "\n")
+def go_on(process):
+    process.stdin.write("go on\n")
     process.stdin.flush()
     return process.stdout.readline()
 
@@ -69,18 +64,18 @@ def used():
     return total - free
 
 
-def test_a_suspended_worker_leaves_next_to_nothing_on_the_gpu(helper, worker):
-    parked = used()
-    down = json.loads(ask(helper, f"suspend {worker.pid}"))
-    assert down["ok"], down["error"]
-    given_back = parked - used()
-    up = json.loads(ask(helper, f"wake {worker.pid}"))
-    assert up["ok"], up["error"]
-    assert given_back > 300 * MIB
-    assert ask(worker, "go on") == "True\n"
+def test_a_suspended_process_leaves_next_to_nothing_on_the_gpu(worker):
+    before = used()
+    assert go_on(worker) == "suspended\n"
+    time.sleep(0.1)  # for the driver's books
+    assert before - used() > 300 * MIB
+    assert go_on(worker) == "True\n", "the same output as before"
 
 
-def test_what_the_driver_refuses_is_said(helper):
-    refused = json.loads(ask(helper, f"suspend {os.getpid() + 10_000_000}"))
-    assert not refused["ok"]
-    assert "cuCheckpointProcessLock" in refused["error"]
+def test_what_the_driver_refuses_is_said(monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 10_000_000)
+    context = weights.context(DEVICE)
+    with pytest.raises(SuspendRefused, match="CUDA error"):
+        context.suspend()
+    assert not context.suspended
+    assert torch.ones(3, device=DEVICE).sum().item() == 3
