@@ -10,12 +10,15 @@ WIDTH = 32
 WORDS = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefghijklm")]
 
 
-def tiny_stable_diffusion(folder: Path) -> Path:
-    """Save a Stable Diffusion pipeline for pictures of 64 x 64 pixels in ``folder``."""
+def tiny_stable_diffusion(folder: Path, words: int = len(WORDS)) -> Path:
+    """Save a Stable Diffusion pipeline for pictures of 64 x 64 pixels in ``folder``.
+
+    A large number of ``words`` makes it large: 128 bytes for each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = StableDiffusionPipeline(
         tokenizer=tokenizer(folder),
-        text_encoder=text_encoder(),
+        text_encoder=text_encoder(words),
         unet=unet(),
         vae=vae(),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
@@ -39,10 +42,10 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return made
 
 
-def text_encoder() -> CLIPTextModel:
+def text_encoder(words: int = len(WORDS)) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(WORDS),
+            vocab_size=words,
             hidden_size=WIDTH,
             intermediate_size=WIDTH,
             num_hidden_layers=1,
