@@ -38,10 +38,16 @@ image_guidance_scale = {IMAGE_GUIDANCE}
 
 
 class Daemon:
-    """``gpuctld`` on ``workers`` cpu devices. ``module``: what to run, ours or one with faults."""
+    """``gpuctld`` on ``workers`` devices. ``module``: what to run, ours or one with faults."""
 
     def __init__(
-        self, home: Path, workers: int = 2, *, more: str = "", module: str = "gpuctld"
+        self,
+        home: Path,
+        workers: int = 2,
+        *,
+        more: str = "",
+        module: str = "gpuctld",
+        device: str = "cpu",
     ) -> None:
         self.home = home
         self.endpoint = f"ipc://{home}/gpuctl.sock"
@@ -49,7 +55,7 @@ class Daemon:
         self.config.write_text(CONFIG.format(home=home) + more)
         self.inject()
         self._command = [sys.executable, "-m", module, "--config", str(self.config)]
-        self._command += ["--socket", self.endpoint, "--devices", ",".join(["cpu"] * workers)]
+        self._command += ["--socket", self.endpoint, "--devices", ",".join([device] * workers)]
         self.process: subprocess.Popen[bytes] | None = None
 
     @property

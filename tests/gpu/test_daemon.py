@@ -1,0 +1,110 @@
+"""A whole daemon on a GPU: two workers share the one that every machine for these tests has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pynvml
+import pytest
+
+from tests.integration.daemon import Daemon, states
+
+pytestmark = pytest.mark.gpu
+
+MIB = 2**20
+PROMPT = "a large red circle on white"
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    made = Daemon(tmp_path_factory.mktemp("daemon"), device="cuda:0").start()
+    made.client().load("shapes")
+    yield made
+    if made.process.poll() is None:
+        made.stop(signal.SIGKILL)
+
+
+def used():
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used
+
+
+def draw(daemon, gpu):
+    [image] = daemon.client().generate("shapes", PROMPT, seed=5, gpu=gpu)
+    return image.tobytes()
+
+
+@pytest.mark.parametrize("fanout", [True, False])
+def test_seeded_images_are_equal_over_cycles_and_on_both_workers(daemon, fanout):
+    client = daemon.client()
+    expected = draw(daemon, 0)
+    for _ in range(3):
+        client.unload()
+        client.reload(fanout=fanout, verify=True)
+        assert draw(daemon, 0) == draw(daemon, 1) == expected
+
+
+def test_suspend_gives_the_contexts_back_and_reload_wakes_them(daemon):
+    client = daemon.client()
+    expected = draw(daemon, 0)
+    client.unload()
+    parked = used()
+    reply = client.unload(suspend=True)
+    freed = [row["freed_bytes"] for row in reply["workers"] if not row["model"]]
+    assert min(freed) > 300 * MIB
+    assert max(row["residual_bytes"] for row in reply["workers"] if not row["model"]) <= 16 * MIB
+    assert parked - used() > 600 * MIB
+    assert [worker["state"] for worker in client.status()["workers"]] == ["suspended"] * 2
+    client.reload(verify=True)
+    assert draw(daemon, 0) == draw(daemon, 1) == expected
+
+
+def test_a_drop_while_suspended_leaves_it_suspended(daemon):
+    client = daemon.client()
+    client.unload(suspend=True)
+    base = used()
+    client.drop("shapes")
+    assert used() <= base + MIB
+    assert [worker["state"] for worker in client.status()["workers"]] == ["suspended"] * 2
+    client.load("shapes")
+    draw(daemon, 1)
+
+
+def test_a_command_that_takes_nearly_the_whole_card_gets_it_round_after_round(daemon):
+    client = daemon.client()
+    client.load("shapes")
+    expected = draw(daemon, 0)
+    pynvml.nvmlInit()
+    total = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total
+    need = total - 2048 * MIB
+    program = f"import torch; torch.empty({need - 1024 * MIB}, dtype=torch.uint8, device='cuda')"
+    for _ in range(3):
+        words = ["--suspend", "--need", str(need), "--", sys.executable, "-c", program]
+        daemon.cli("run", *words)
+        assert states(client.status()) == ["loaded"] * 2
+        assert draw(daemon, 0) == expected
+
+
+def test_a_worker_killed_while_suspended_comes_back_parked(daemon):
+    client = daemon.client()
+    client.unload(suspend=True)
+    victim = client.status()["workers"][0]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    daemon.wait_for(
+        lambda s: s["workers"][0]["pid"] not in {0, victim} and states(s)[0] == "parked"
+    )
+    client.reload(verify=True)
+    draw(daemon, 0)
+
+
+def test_a_stop_while_suspended_is_prompt_and_leaves_nothing(daemon):
+    daemon.client().unload(suspend=True)
+    pids = daemon.worker_pids()
+    started = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - started < 5
+    held = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    assert not {each.pid for each in held} & set(pids)
