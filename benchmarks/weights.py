@@ -227,10 +227,12 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(gpus, options.scale, options.cycles, Path(home))
-        bench.run()
+        results = {"about": _about(gpus, options, bench.layout), "found": bench.found}
+        try:
+            bench.run()
+        finally:  # what was measured before a failure is worth keeping
+            (options.out / "results.json").write_text(json.dumps(results))
         bench.end()
-    results = {"about": _about(gpus, options, bench.layout), "found": bench.found}
-    (options.out / "results.json").write_text(json.dumps(results))
     weights_report.write(results, options.out, options.table)
     return 0
 
@@ -240,7 +242,7 @@ def _about(gpus: int, options: argparse.Namespace, layout: dict[str, Any]) -> di
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "host": f"{gpus} x {pynvml.nvmlDeviceGetName(handle)}, {os.cpu_count()} cores, "
-        f"{store.available_bytes() / 1e9:.0f} GB of host memory available at the end, "
+        f"{store.available_bytes() / 1e9:.0f} GB of host memory available, "
         f"driver {pynvml.nvmlSystemGetDriverVersion()}, Python {platform.python_version()}",
         "command": f"benchmarks/weights.py --scale {options.scale} --cycles {options.cycles}",
         "gpus": gpus,

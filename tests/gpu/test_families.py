@@ -24,6 +24,7 @@ def test_pictures_are_bit_equal_over_three_cycles_and_between_workers(
     source = ModelSource(name=name, path=str(tmp_path), dtype="bfloat16")
     resident = weights.load(source, descriptor, DEVICE, gauge, silent)
     expected = families.render(name, resident.pipeline)
+    assert torch.device(resident.pipeline.device) == DEVICE
     assert resident.moves_by == "slab", resident.moves_by_reason
     for _ in range(CYCLES):
         resident.unload()

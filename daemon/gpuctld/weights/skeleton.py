@@ -1,9 +1,12 @@
 """Takes a loaded pipeline apart into a skeleton and a slab of bytes, and puts it together again.
 
-The skeleton is the pickled object graph with every tensor out of band: pickle protocol 5 calls
-such objects persistent. Whatever holds tensors is covered - modules, parameters, buffers that are
-not saved, plain attributes - and no family of models needs code of its own. Tensors that share
-memory (tied weights, views) share it again afterwards, and their bytes are stored once.
+The skeleton is the pickled object graph with the modules' tensors out of band: pickle calls such
+objects persistent. Every parameter and every buffer, saved or not, goes into the slab, and no
+family of models needs code of its own. Tensors that share memory (tied weights, views) share it
+again afterwards, and their bytes are stored once.
+
+Tensors that hang outside the modules, a scheduler's tables for one, stay on the CPU inside the
+skeleton: that is where ``pipeline.to()`` leaves them, and pipelines do arithmetic on them there.
 
 The pickle stays in a file that only the daemon's own processes can open. It never travels over a
 socket.
@@ -50,16 +53,31 @@ class Plan:
     slab_bytes: int
 
 
-class _Collector(pickle.Pickler):
-    """Pickles a graph and collects its tensors, each object once."""
+class _Survey(pickle.Pickler):
+    """Walks a graph and notes the tensors that ``Module.to()`` moves."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), protocol=5)
+        self.moved: set[int] = set()
+
+    def persistent_id(self, value: Any) -> str | None:
+        if isinstance(value, torch.nn.Module):
+            own = (*value._parameters.values(), *value._buffers.values())  # noqa: SLF001
+            self.moved |= {id(tensor) for tensor in own if tensor is not None}
+        return "tensor" if isinstance(value, torch.Tensor) else None
+
+
+class _Collector(pickle.Pickler):
+    """Pickles a graph and collects its modules' tensors, each object once."""
+
+    def __init__(self, file: io.BytesIO, moved: set[int]) -> None:
         super().__init__(file, protocol=5)
         self.tensors: list[torch.Tensor] = []
+        self._moved = moved
         self._index: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> tuple[str, int] | None:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or id(value) not in self._moved:
             return None
         if id(value) not in self._index:
             _check_plain(value)
@@ -86,9 +104,10 @@ def plan(graph: Any) -> Plan:
     Raises:
         Unpackable: something in it cannot be pickled, or a tensor is not plain memory.
     """
-    file = io.BytesIO()
-    collector = _Collector(file)
+    file, survey = io.BytesIO(), _Survey()
+    collector = _Collector(file, survey.moved)
     try:
+        survey.dump(graph)
         collector.dump(graph)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as failed:
         raise Unpackable(f"not picklable: {failed}") from failed

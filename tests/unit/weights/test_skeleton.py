@@ -23,6 +23,15 @@ DTYPES = [
 ]
 
 
+class Holder(torch.nn.Module):
+    """Buffers of any kind, by number."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        for number, tensor in enumerate(tensors):
+            self.register_buffer(str(number), tensor)
+
+
 def packed(graph):
     plan = skeleton.plan(graph)
     slab = torch.zeros(plan.slab_bytes, dtype=torch.uint8)
@@ -58,32 +67,42 @@ def views(draw):
 @settings(max_examples=150, deadline=None)
 @given(views())
 def test_any_views_of_one_storage_come_back_as_they_were(tensors):
-    _, _, again = packed(tensors)
-    for before, after in zip(tensors, again, strict=True):
+    _, _, again = packed(Holder(tensors))
+    for before, after in zip(tensors, again.buffers(), strict=True):
         assert_same(before, after)
 
 
 def test_tied_weights_are_stored_once_and_stay_tied():
     layer = torch.nn.Linear(64, 64, bias=False)
-    graph = {"a": layer, "b": layer.weight, "c": layer.weight.data[3:5]}
-    plan, _, again = packed(graph)
+    rows = Holder([layer.weight.data[3:5]])
+    plan, _, again = packed({"first": layer.weight, "layer": layer, "rows": rows})
     assert plan.slab_bytes == 64 * 64 * 4
-    assert again["a"].weight is again["b"]
-    again["c"].fill_(7)
-    assert (again["b"][3:5] == 7).all()
+    assert again["layer"].weight is again["first"]
+    next(again["rows"].buffers()).fill_(7)
+    assert (again["first"][3:5] == 7).all()
 
 
 def test_a_slice_of_a_large_storage_brings_only_its_own_bytes():
-    plan, _, _ = packed([torch.zeros(1_000_000)[5_000:5_128]])
+    plan, _, _ = packed(Holder([torch.zeros(1_000_000)[5_000:5_128]]))
     assert plan.slab_bytes == 512
 
 
 def test_a_wide_type_behind_a_narrow_one_stays_aligned():
     buffer = torch.arange(64, dtype=torch.uint8)
     narrow, wide = buffer[3:40], buffer.view(torch.float64)[1:3]
-    _, _, (first, second) = packed([narrow, wide])
+    _, _, again = packed(Holder([narrow, wide]))
+    first, second = again.buffers()
     assert_same(narrow, first)
     assert_same(wide, second)
+
+
+def test_tensors_outside_the_modules_stay_where_to_leaves_them():
+    scheduler = types.SimpleNamespace(sigmas=torch.linspace(0, 1, 10))
+    plan, slab, again = packed({"scheduler": scheduler, "layer": torch.nn.Linear(2, 2)})
+    assert [entry.shape for entry in plan.entries] == [[2, 2], [2]]
+    assert torch.equal(again["scheduler"].sigmas, scheduler.sigmas)
+    slab.zero_()
+    assert torch.equal(again["scheduler"].sigmas, scheduler.sigmas)
 
 
 def test_parameters_buffers_and_loose_tensors_keep_their_kind():
@@ -101,11 +120,11 @@ def test_parameters_buffers_and_loose_tensors_keep_their_kind():
 @pytest.mark.parametrize(
     ("graph", "why"),
     [
-        ([torch.empty(3, device="meta")], "on meta"),
-        ([torch.eye(3).to_sparse()], "layout"),
-        ([torch.zeros(2, dtype=torch.complex64).conj()], "conjugated"),
+        (Holder([torch.empty(3, device="meta")]), "on meta"),
+        (Holder([torch.eye(3).to_sparse()]), "layout"),
+        (Holder([torch.zeros(2, dtype=torch.complex64).conj()]), "conjugated"),
         ([types.SimpleNamespace(run=lambda: 0)], "not picklable"),
-        ([torch.zeros(2).as_subclass(type("Quantised", (torch.Tensor,), {}))], "Quantised"),
+        (Holder([torch.zeros(2).as_subclass(type("Quantised", (torch.Tensor,), {}))]), "Quantised"),
     ],
 )
 def test_what_no_slab_can_hold_is_refused_with_the_reason(graph, why):
