@@ -8,7 +8,6 @@ through a small pinned ring. Workers that reload the same model together share t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
@@ -24,8 +23,8 @@ RING_SLOTS = 4
 IN_FLIGHT = 4
 """Copies queued behind the one that runs: the link never waits, and progress stays true."""
 
-Copied = Callable[[int, int, torch.cuda.Event], None]
-"""Called with start and size of a piece, and the event that tells its arrival."""
+Arrival = tuple[int, int, torch.cuda.Event]
+"""Start and size of a piece, and the event that tells that it is there."""
 
 
 class CudaTransfer:
@@ -74,22 +73,26 @@ class Copies:
         self._done = 0
         self._progress = progress
 
-    def copy(
-        self, start: int, stop: int, piece: int = PIECE_BYTES, then: Copied | None = None
-    ) -> None:
+    def copy(self, start: int, stop: int) -> None:
         """Queue the copies of a span of bytes; may wait for earlier ones, not for these."""
-        for at, size in cuts(start, stop, piece):
-            if self._pins.has(at // PIECE_BYTES * PIECE_BYTES):
-                source = self._source.data_ptr() + at
-                driver.copy_async(self._target + at, source, size, self._stream.cuda_stream)
-            else:
-                self._stage(at, size)
-            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            arrived.record(self._stream)
-            if then is not None:
-                then(at, size, arrived)
-            self._flying.append((size, arrived))
+        for at, size in cuts(start, stop, PIECE_BYTES):
+            self._send(at, size)
             self._land(IN_FLIGHT)
+
+    def queue(self, start: int, stop: int, piece: int) -> list[Arrival]:
+        """Queue the copies of a span of bytes in pieces; waits for none that is pinned."""
+        return [self._send(at, size) for at, size in cuts(start, stop, piece)]
+
+    def _send(self, at: int, size: int) -> Arrival:
+        if self._pins.has(at // PIECE_BYTES * PIECE_BYTES):
+            source = self._source.data_ptr() + at
+            driver.copy_async(self._target + at, source, size, self._stream.cuda_stream)
+        else:
+            self._stage(at, size)
+        arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        arrived.record(self._stream)
+        self._flying.append((size, arrived))
+        return at, size, arrived
 
     def _stage(self, start: int, size: int) -> None:
         self.path = "staged"

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import os
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +24,7 @@ from gpuctld.weights.rendezvous import Link, Meeting
 from gpuctld.weights.slab import CudaSlab
 
 if TYPE_CHECKING:
-    from gpuctld.weights.cuda_transfer import Copies
+    from gpuctld.weights.cuda_transfer import Arrival, Copies
 
 PIECE_BYTES = 64 * 1024 * 1024
 """A piece is pushed on when it has arrived; 32 to 512 MiB measured alike."""
@@ -41,16 +40,18 @@ SLOWEST = 2e9
 def fill(meeting: Meeting, memory: CudaSlab, copies: Copies) -> str:
     """Map the slab and fill it together with the peers; returns the way that the bytes took.
 
-    Leaves when every peer's share has arrived and every push has landed. Shares of peers that
-    are missing, failed, or cannot reach this GPU are copied from the host.
+    Our share is on its way while the rest is mapped and the peers are met. Leaves when every
+    peer's share has arrived and every push has landed. Shares of peers that are missing, failed,
+    or cannot reach this GPU are copied from the host.
     """
-    deque(memory.map(), maxlen=0)  # peers must see all of it before they push
     spans = shares(memory.size, meeting.world)
+    arrivals = _queue_share(spans[meeting.rank], memory, copies)
     with contextlib.ExitStack() as stack:
         peers = _gather(meeting, memory, stack)
         pushes = _Pushes(peers, memory)
         stack.callback(pushes.wait)  # also after a failure: peers' memory is unmapped next
-        copies.copy(*spans[meeting.rank], piece=PIECE_BYTES, then=pushes.push)
+        for arrival in arrivals:
+            pushes.push(*arrival)
         copies.finish()
         pushes.finish()
         deadline = time.monotonic() + 1 + memory.size / SLOWEST
@@ -60,6 +61,16 @@ def fill(meeting: Meeting, memory: CudaSlab, copies: Copies) -> str:
         copies.copy(*spans[rank])
     copies.finish()
     return copies.path if missing else "fanout"
+
+
+def _queue_share(span: tuple[int, int], memory: CudaSlab, copies: Copies) -> list[Arrival]:
+    """Map the slab, our share of it first, and queue the copies of what is ours."""
+    first, last = span
+    return [
+        arrival
+        for start, size in memory.map(first)
+        for arrival in copies.queue(max(first, start), min(last, start + size), PIECE_BYTES)
+    ]
 
 
 def shares(size: int, world: int) -> list[tuple[int, int]]:

@@ -136,8 +136,11 @@ class CudaSlab:
         self.unmap()
         return tensor
 
-    def map(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self._reserved, HANDLE_BYTES):
+    def map(self, first: int = 0) -> Iterator[tuple[int, int]]:
+        """As :class:`Slab` says; begins with the piece in which byte ``first`` is."""
+        starts = range(0, self._reserved, HANDLE_BYTES)
+        at = first // HANDLE_BYTES
+        for start in (*starts[at:], *starts[:at]):
             size = min(HANDLE_BYTES, self._reserved - start)
             self._map_piece(start, size)
             yield start, min(size, self.size - start)
@@ -159,8 +162,9 @@ class CudaSlab:
             return self._driver.create(size, self.device)
 
     def export(self) -> list[tuple[int, int]]:
-        """A file descriptor and the size of each mapped piece; the caller closes them."""
-        return [(self._driver.export(piece.handle), piece.size) for piece in self._pieces]
+        """A file descriptor and the size of each piece, by address; the caller closes them."""
+        ordered = sorted(self._pieces, key=lambda piece: piece.address)
+        return [(self._driver.export(piece.handle), piece.size) for piece in ordered]
 
     def unmap(self) -> None:
         torch.cuda.synchronize(self.device)
