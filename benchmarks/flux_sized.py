@@ -6,6 +6,7 @@ random values are made on the GPU and copied into the file, so that host memory 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from gpuctld.weights import Layout, checksum, skeleton
 from gpuctld.weights.segment import Segment, pack_table
@@ -48,6 +57,18 @@ def build(descriptor: int, scale: float, device: torch.device) -> Layout:
     )
 
 
+def save(folder: Path, scale: float, device: torch.device) -> None:
+    """Write the pipeline as a folder of weight files, as a user would have it."""
+    torch.set_grad_enabled(False)
+    pipeline = _pipeline(scale)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            for parameter in component.parameters():
+                values = torch.empty_like(parameter, device=device).normal_(0, SPREAD)
+                parameter.copy_(values)
+    pipeline.save_pretrained(folder)
+
+
 def _pipeline(scale: float) -> FluxPipeline:
     torch.set_default_dtype(torch.bfloat16)
     clip = CLIPTextModel(
@@ -74,14 +95,24 @@ def _pipeline(scale: float) -> FluxPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=clip,
-        tokenizer=None,
+        tokenizer=_tokenizer(),
         text_encoder_2=_on_cpu(t5),
-        tokenizer_2=None,
+        tokenizer_2=_tokenizer(),
         transformer=_on_cpu(transformer),
     )
     pipeline.set_progress_bar_config(disable=True)
     torch.set_default_dtype(torch.float32)
     return pipeline
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Ten words; the weights' size is all that matters here."""
+    words = {f"w{number}": number for number in range(10)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
+        pad_token="w1",
+        model_max_length=77,
+    )
 
 
 def _scaled(layers: int, scale: float) -> int:
