@@ -140,7 +140,7 @@ def _used() -> int:
 
 
 def _picture(daemon: Daemon, gpu: int) -> str:
-    [image] = daemon.client(timeout=120).generate(MODEL, PROMPT, seed=1, gpu=gpu)
+    [image] = daemon.client(timeout=120).generate(MODEL, PROMPT, seed=1, options={"gpu": gpu})
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 

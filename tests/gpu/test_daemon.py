@@ -33,7 +33,7 @@ def used():
 
 
 def draw(daemon, gpu):
-    [image] = daemon.client().generate("shapes", PROMPT, seed=5, gpu=gpu)
+    [image] = daemon.client().generate("shapes", PROMPT, seed=5, options={"gpu": gpu})
     return image.tobytes()
 
 
@@ -92,6 +92,7 @@ def test_a_worker_killed_while_suspended_comes_back_parked(daemon):
     client = daemon.client()
     client.unload(suspend=True)
     victim = client.status()["workers"][0]["pid"]
+    assert victim > 0
     os.kill(victim, signal.SIGKILL)
     daemon.wait_for(
         lambda s: s["workers"][0]["pid"] not in {0, victim} and states(s)[0] == "parked"
