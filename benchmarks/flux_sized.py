@@ -83,6 +83,8 @@ def _pipeline(scale: float) -> FluxPipeline:
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
     )
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(

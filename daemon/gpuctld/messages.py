@@ -110,9 +110,10 @@ class Hello:
 
 @attrs.frozen(kw_only=True)
 class Beat:
-    """The worker's process lives; sent by its I/O thread."""
+    """The worker's process lives; sent by its I/O thread. ``age_s``: of the sample of memory."""
 
     memory: dict[str, int]
+    age_s: float = 0.0
 
 
 @attrs.frozen(kw_only=True)

@@ -171,7 +171,8 @@ class Fleet:
         workers.hello(self.state, worker, event.message, now)
 
     def _beat(self, worker: Worker, event: Heard, now: float) -> None:
-        workers.heard(worker, event.message.memory, now)
+        message: Beat = event.message
+        workers.heard(worker, message.memory, now, message.age_s)
 
     def _suspended(self, worker: Worker, event: Heard, now: float) -> None:
         workers.suspended(self.state, worker, event.message, now)

@@ -150,7 +150,7 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "restarts": worker.restarts,
         "job": job(running, now) if running else None,
         "memory": worker.memory,
-        "memory_age_s": now - worker.heard_at,
+        "memory_age_s": now - worker.sampled_at,
         "models": [_holding(held) for held in worker.models.values() if _worth_showing(held)],
     }
 

@@ -222,6 +222,7 @@ class Worker:
     deaths: int = 0
     since: float = 0.0
     heard_at: float = 0.0
+    sampled_at: float = 0.0
     respawn_at: float | None = None
 
     @property

@@ -32,9 +32,9 @@ def hello(fleet: FleetState, worker: Worker, message: Hello, now: float) -> None
     moves.restore(fleet, worker, now)
 
 
-def heard(worker: Worker, memory: dict[str, int], now: float) -> None:
-    """A sign of life with a sample of the device's memory."""
-    worker.memory, worker.heard_at = memory, now
+def heard(worker: Worker, memory: dict[str, int], now: float, age_s: float = 0.0) -> None:
+    """A sign of life with a sample of the device's memory, which may be older."""
+    worker.memory, worker.heard_at, worker.sampled_at = memory, now, now - age_s
 
 
 def suspended(fleet: FleetState, worker: Worker, message: Suspended, now: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,10 +9,17 @@ from typing import Any, Protocol
 import torch
 
 from gpuctld.weights import store
+from gpuctld.weights.nvml_gauge import NvmlGauge
 
 
 class Gauge(Protocol):
-    """Memory of one device. Safe to ask from any thread, while the device computes."""
+    """Memory of one device. Safe to ask from any thread, while the device computes.
+
+    ``age_s``: of the last sample, in seconds.
+    """
+
+    @property
+    def age_s(self) -> float: ...
 
     def memory(self) -> dict[str, int]:
         """``total``, ``used`` and ``free`` in bytes."""
@@ -27,6 +33,8 @@ class Gauge(Protocol):
 
 class CpuGauge:
     """A CPU device's memory is the host's, as far as control groups let us have it."""
+
+    age_s = 0.0
 
     def __init__(self) -> None:
         self._total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -43,41 +51,6 @@ class CpuGauge:
         fields = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
         table = {line.split()[0]: int(line.split()[1]) * 1024 for line in fields}
         return table["Private_Clean:"] + table["Private_Dirty:"]
-
-
-class NvmlGauge:
-    """A CUDA device through NVML, which needs no CUDA context."""
-
-    def __init__(self, uuid: str) -> None:
-        import pynvml  # noqa: PLC0415  absent on machines without GPUs
-
-        pynvml.nvmlInit()
-        self._nvml = pynvml
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-
-    def memory(self) -> dict[str, int]:
-        info = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-        return {"total": int(info.total), "used": int(info.used), "free": int(info.free)}
-
-    def foreign(self) -> list[dict[str, Any]]:
-        return [
-            {"pid": each.pid, "name": _name(each.pid), "bytes": int(each.usedGpuMemory or 0)}
-            for each in self._processes()
-            if each.pid != os.getpid()
-        ]
-
-    def residual(self) -> int:
-        held = (p.usedGpuMemory for p in self._processes() if p.pid == os.getpid())
-        return int(next(held, 0) or 0)
-
-    def _processes(self) -> list[Any]:
-        return list(self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
-
-
-def _name(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return "unknown"
 
 
 def gauge(device: torch.device, uuid: str) -> Gauge:

@@ -10,30 +10,27 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
 
 from gpuctld import messages
 from gpuctld.messages import Beat, CancelTask, Probe, Probed
+from gpuctld.weights import Gauge
 
 BEAT_S = 1.0
 LAST_WORDS_MS = 1_000
-
-Memory = Callable[[], dict[str, int]]
-Foreign = Callable[[], list[dict[str, Any]]]
 
 
 class Link(threading.Thread):
     """Receives commands into ``inbox``; sends events from any one thread through ``send``."""
 
-    def __init__(self, endpoint: str, memory: Memory, foreign: Foreign) -> None:
+    def __init__(self, endpoint: str, gauge: Gauge) -> None:
         super().__init__(name="link", daemon=True)
         self.inbox: queue.SimpleQueue[tuple[Any, list[Any]]] = queue.SimpleQueue()
         self._endpoint = endpoint
-        self._memory = memory
-        self._foreign = foreign
+        self._gauge = gauge
         self._context = zmq.Context()
         self._cancelled: set[str] = set()
         self._outlet = self._context.socket(zmq.PAIR)
@@ -71,7 +68,8 @@ class Link(threading.Thread):
         while True:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + BEAT_S
-                socket.send_multipart(messages.encode(Beat(memory=self._memory())))
+                beat = Beat(memory=self._gauge.memory(), age_s=self._gauge.age_s)
+                socket.send_multipart(messages.encode(beat))
             ready = dict(poller.poll(max(0, int((next_beat - time.monotonic()) * 1000))))
             if self._intake in ready:
                 frames = self._intake.recv_multipart(copy=False)
@@ -88,7 +86,8 @@ class Link(threading.Thread):
             case CancelTask():
                 self._cancelled.add(command.task)
             case Probe():
-                answer = Probed(task=command.task, memory=self._memory(), foreign=self._foreign())
+                memory, foreign = self._gauge.memory(), self._gauge.foreign()
+                answer = Probed(task=command.task, memory=memory, foreign=foreign)
                 socket.send_multipart(messages.encode(answer))
             case _:
                 self.inbox.put((command, blobs))

@@ -87,7 +87,7 @@ class Worker:
         self._gauge = weights.gauge(self._device, spec.device.uuid)
         self._context = weights.context(self._device)
         self._listener = Listener(spec.peer_paths[spec.device.gpu])
-        self._link = Link(spec.endpoint, self._gauge.memory, self._gauge.foreign)
+        self._link = Link(spec.endpoint, self._gauge)
         self._handlers: dict[type[Any], Callable[[Any, Sequence[Any]], None]] = {
             LoadModel: self._load,
             UnloadModel: self._unload,
