@@ -39,7 +39,8 @@ class NvmlGauge:
     def _start(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "gpuctld.nvml", self._uuid]
-        self._helper = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())
+        end = theirs.fileno()
+        self._helper = subprocess.Popen(command, stdin=end, stdout=end)  # noqa: S603
         self._late = 0
         theirs.close()
 
