@@ -6,7 +6,6 @@ initialise it again.
 
 from __future__ import annotations
 
-import gc
 import os
 
 # Before torch: ask NVML instead of CUDA how many GPUs there are.
@@ -24,7 +23,3 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-# The workers' collections shall neither visit what was imported nor unshare its pages.
-gc.freeze()
-gc.enable()
