@@ -158,16 +158,57 @@ def test_a_model_is_loaded_and_generates(service):
     assert magic.split() == ["89", "50", "4e", "47"]
 
 
+WATCH = """
+import sys, time
+from gpuctl import Client, GpuctlError
+while sys.stdin.readline():
+    loaded = 0
+    while loaded < 2:
+        time.sleep(0.05)
+        try:
+            workers = Client(timeout=0.5).status()["workers"]
+            loaded = sum(held["state"] == "loaded" for each in workers for held in each["models"])
+        except GpuctlError:
+            pass
+    print("loaded", flush=True)
+"""
+
+
 def test_killed_it_comes_back_as_it_was(service):
     gpuctl(service, "load", "tiny")
     before, main_pid = processes(service), service.unit()["MainPID"]
-    start_s = started_in(service)  # mostly the import of torch and diffusers
-    kill(service, "KILL")
-    time.sleep(0.5)
-    assert not before & processes(service)
-    wait_for(lambda: service.unit()["MainPID"] not in {main_pid, "0"}, RESTART_S + 2)
-    restarted(service, main_pid, 2 * start_s)
-    wait_for(lambda: loaded(service) == 2, 5)
+    with service.popen(PYTHON, "-c", WATCH, user="member") as watch:
+        loaded_within(watch, 10)
+        kill(service, "KILL")
+        wait_for(lambda: not before & processes(service) - {fork_server(service)}, 0.5)
+        seconds = loaded_within(watch, RESTART_S + 2)
+        watch.stdin.close()
+    assert seconds > RESTART_S
+    assert service.unit()["MainPID"] not in {main_pid, "0"}
+
+
+def loaded_within(watch, timeout_s):
+    """Seconds until both workers hold the model."""
+    began = time.monotonic()
+    watch.stdin.write("again\n")
+    watch.stdin.flush()
+    assert watch.stdout.readline() == "loaded\n"
+    seconds = time.monotonic() - began
+    assert seconds < timeout_s
+    return seconds
+
+
+def fork_server(machine):
+    return int(machine.unit("gpuctld-workers")["MainPID"])
+
+
+def test_a_killed_fork_server_takes_the_workers_and_all_come_back(service):
+    gpuctl(service, "load", "tiny")
+    before, main_pid = processes(service), service.unit()["MainPID"]
+    service.run("kill", "-9", str(fork_server(service)))
+    wait_for(lambda: before & processes(service) == {int(main_pid)}, 0.5)
+    wait_for(lambda: loaded(service) == 2, 40)
+    assert service.unit()["MainPID"] == main_pid
 
 
 def test_hung_it_is_killed_by_the_watchdog(service):
@@ -178,8 +219,8 @@ def test_hung_it_is_killed_by_the_watchdog(service):
     time.sleep(4)
     assert service.unit()["MainPID"] == main_pid  # healthy, it feeds the watchdog
     kill(service, "STOP")
-    restarted(service, main_pid, 60)
-    assert not before & processes(service)
+    restarted(service, main_pid, 20)
+    assert before & processes(service) == {fork_server(service)}
     assert any("atchdog" in str(entry.get("MESSAGE")) for entry in service.journal())
 
 

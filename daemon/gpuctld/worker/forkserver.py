@@ -74,12 +74,13 @@ def serve_all(listener: socket.socket, manager: Notifier) -> None:
     """Serve one controller after the other, until one says that it was the last."""
     preload()
     manager.ready()
-    more = True
-    while more and _wait([listener], manager, IDLE_S):
+    while _wait([listener], manager, IDLE_S):
         connection, _ = listener.accept()
-        with connection:
-            if _peer(connection)[1] == os.geteuid():
-                more = Nursery(connection, manager, listener).serve()
+        mine = _peer(connection)[1] == os.geteuid()
+        if mine and not Nursery(connection, manager, listener).serve():
+            connection.detach()  # the kernel hangs up, when nothing of us is left
+            return
+        connection.close()
 
 
 def preload() -> None:
