@@ -113,6 +113,16 @@ class Machine:
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
+    def online(self, *command: str) -> None:
+        """Run a command inside, but with this machine's network and its pip's settings.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        enter = ["nsenter", "-t", str(self.pid), "-m", "-u", "-i", "-p"]
+        pip = {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
+        subprocess.run([*enter, *command], env=ENVIRON | pip, check=True)
+
     def popen(self, *command: str, user: str) -> subprocess.Popen[str]:
         """Start a command inside, with pipes to and from it."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
