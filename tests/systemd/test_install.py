@@ -19,17 +19,21 @@ pytestmark = [
     ),
 ]
 CONFIG = '[daemon]\ndevices = ["cpu", "cpu"]\nthreads = 1\n'
+INSTALL = (
+    *("env", "PIP_CONSTRAINT=/srv/gpuctl/constraints.txt"),  # the versions that were tested
+    *("make", "-C", "/srv/gpuctl", "install"),
+)
 
 
 def test_three_commands_lead_from_a_checkout_to_a_green_service(machine):
     machine.run("cp", "-r", SOURCE, "/srv/gpuctl")  # a checkout that pip may build in
-    machine.online("make", "-C", "/srv/gpuctl", "install")
+    machine.online(*INSTALL)
     machine.write("/etc/gpuctl/config.toml", CONFIG)
     machine.run("systemctl", "enable", "--now", "gpuctld")
     machine.run("useradd", "--create-home", "--groups", "gpuctl", "member")
     status = json.loads(machine.run("gpuctl", "status", "--json", user="member").stdout)
     assert [worker["state"] for worker in status["workers"]] == ["ready", "ready"]
-    machine.online("make", "-C", "/srv/gpuctl", "install")  # an upgrade
+    machine.online(*INSTALL)  # an upgrade
     machine.run("systemctl", "restart", "gpuctld")
     machine.run("make", "-C", "/srv/gpuctl", "uninstall", "PURGE=1")
     assert not machine.exists("/opt/gpuctl")

@@ -152,6 +152,7 @@ def test_members_are_served_and_strangers_refused(service):
 def test_a_model_is_loaded_and_generates(service):
     gpuctl(service, "load", "tiny")
     assert loaded(service) == 2
+    assert service.unit()["StatusText"] == "2 workers, models: tiny"
     out = service.run("mktemp", "-d", user="member").stdout.strip()
     gpuctl(service, "generate", "tiny", *DRAW, "--out", f"{out}/a.png")
     magic = service.run("od", "-An", "-tx1", "-N4", f"{out}/a.png", user="member").stdout
@@ -291,6 +292,29 @@ def test_reload_refuses_a_wrong_file_and_keeps_the_old_one(service):
     assert any("models" in entry["MESSAGE"] for entry in errors)
     assert service.unit()["MainPID"] == main_pid
     assert names(service) == ["tiny"]
+
+
+def test_a_user_runs_a_daemon_of_their_own(installed):
+    home, runtime = "/home/member", "/run/user-of-test"
+    as_user = ("env", f"HOME={home}", f"XDG_RUNTIME_DIR={runtime}")
+
+    def run(*command):
+        return installed.run(*as_user, *command, user="member").stdout
+
+    installed.run("install", "-d", "-o", "member", "-m", "700", runtime)
+    manager = ("systemd-run", "--unit=manager-of-test", "--uid=member", "-pDelegate=yes")
+    installed.run(*manager, *as_user, "/lib/systemd/systemd", "--user")
+    wait_for(lambda: installed.exists(f"{runtime}/systemd/private"), 10)
+    run("mkdir", "-p", f"{home}/.config/gpuctl")
+    run("sh", "-c", f"cat > {home}/.config/gpuctl/config.toml <<'END'\n{CONFIG}END")
+    run("systemctl", "--user", "start", "gpuctld")
+    run("gpuctl", "load", "tiny")
+    daemon = json.loads(run("gpuctl", "status", "--json"))["daemon"]
+    assert daemon["socket"] == f"ipc://{runtime}/gpuctl/gpuctl.sock"
+    run("systemctl", "--user", "reload", "gpuctld")
+    run("systemctl", "--user", "stop", "gpuctld")
+    assert installed.run("pgrep", "-u", "member", "python", check=False).stdout == ""
+    installed.run("systemctl", "stop", "manager-of-test")
 
 
 def test_uninstalled_nothing_is_left(installed):
