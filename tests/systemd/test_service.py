@@ -13,6 +13,7 @@ CONFIG = f'{DEVICES}[models.tiny]\npath = "{MODELS}/tiny"\n'
 CONFIG_PATH = "/etc/gpuctl/config.toml"
 DROP_INS = "/etc/systemd/system/gpuctld.service.d"
 DRAW = ("cab", "--steps", "2")
+SLICE = "system-gpuctl.slice"
 RESTART_S = 2.0
 STARTED = {"ActiveState": "active", "SubState": "running"}
 
@@ -134,12 +135,28 @@ def test_the_journal_has_priorities_and_fields(service):
     assert {entry["PRIORITY"] for entry in records} <= {"3", "4", "6"}
 
 
-def test_the_service_has_no_capability(service):
-    pid = service.unit()["MainPID"]
+@pytest.mark.parametrize("unit", ["gpuctld", "gpuctld-workers"])
+def test_no_process_has_a_capability(service, unit):
+    pid = service.unit(unit)["MainPID"]
     lines = service.run("grep", "-E", "^(Cap|NoNewPrivs|Seccomp:)", f"/proc/{pid}/status").stdout
     held = dict(line.split(":\t") for line in lines.splitlines())
     assert {int(held[name], 16) for name in held if name.startswith("Cap")} == {0}
     assert (held["NoNewPrivs"], held["Seccomp"]) == ("1", "2")
+
+
+def test_the_budget_knows_the_limit_of_the_slice(service):
+    service.run("systemctl", "set-property", "--runtime", SLICE, "MemoryMax=2G")
+    measure = "from gpuctld.host_store import available_bytes as room; print(room())"
+    inside = (
+        "systemd-run",
+        f"--slice={SLICE}",
+        "-pType=oneshot",
+        "-pStandardOutput=file:/run/room",
+    )
+    service.run(*inside, PYTHON, "-c", measure)
+    room = int(service.run("cat", "/run/room").stdout)
+    service.run("systemctl", "set-property", "--runtime", SLICE, "MemoryMax=infinity")
+    assert 0 < room < 2 * 2**30
 
 
 def test_members_are_served_and_strangers_refused(service):
