@@ -118,7 +118,11 @@ remove_files() {
 
 purge() {
     rm -rf "$DESTDIR/etc/gpuctl" "$DESTDIR/var/lib/gpuctl" "$DESTDIR/var/cache/gpuctl" \
-        "$DESTDIR/var/log/gpuctl" "$DESTDIR/etc/systemd/system/gpuctld.service.d"
+        "$DESTDIR/var/log/gpuctl"
+    for changed in gpuctld.service gpuctld-workers.service system-gpuctl.slice; do
+        rm -rf "$DESTDIR/etc/systemd/system/$changed.d" \
+            "$DESTDIR/etc/systemd/system.control/$changed.d"
+    done
     [ -z "$DESTDIR" ] || return 0
     if getent passwd gpuctl >/dev/null; then userdel gpuctl; fi
     if getent group gpuctl >/dev/null; then groupdel gpuctl; fi

@@ -1,4 +1,4 @@
-"""The main loop: sockets, child sentinels, signals and the clock into events; effects out.
+"""The main loop: sockets, signals and the clock into events; effects out.
 
 One thread, one poller, no blocking call. The controller decides nothing about models and jobs
 (that is the fleet's), opens no CUDA, and copies no image: blobs pass through as frames.

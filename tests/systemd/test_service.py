@@ -145,7 +145,7 @@ def test_no_process_has_a_capability(service, unit):
 
 
 def test_the_budget_knows_the_limit_of_the_slice(service):
-    service.run("systemctl", "set-property", "--runtime", SLICE, "MemoryMax=2G")
+    service.run("systemctl", "set-property", SLICE, "MemoryMax=2G")
     measure = "from gpuctld.host_store import available_bytes as room; print(room())"
     inside = (
         "systemd-run",
@@ -155,7 +155,7 @@ def test_the_budget_knows_the_limit_of_the_slice(service):
     )
     service.run(*inside, PYTHON, "-c", measure)
     room = int(service.run("cat", "/run/room").stdout)
-    service.run("systemctl", "set-property", "--runtime", SLICE, "MemoryMax=infinity")
+    service.run("systemctl", "set-property", SLICE, "MemoryMax=infinity")
     assert 0 < room < 2 * 2**30
 
 
