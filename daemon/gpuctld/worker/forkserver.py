@@ -103,9 +103,9 @@ def _wait(sources: Iterable[Any], manager: Notifier, timeout_s: float | None = N
     """Those that are ready; the watchdog is fed meanwhile."""
     sources = list(sources)
     deadline = time.monotonic() + (timeout_s or float("inf"))
-    while time.monotonic() < deadline:
+    while (left := deadline - time.monotonic()) > 0:
         manager.watchdog()
-        ready = wait(sources, FEED_S)
+        ready = wait(sources, min(FEED_S, left))
         if ready:
             return set(ready)
     return set()
