@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pynvml
 
 from benchmarks import weights_arms, weights_report
-from gpuctld.weights import store
+from gpuctld import host_store
 
 SLOW_CYCLES = 1
 """Per turn, of arms that take half a minute a cycle; there are two turns."""
@@ -242,7 +242,7 @@ def _about(gpus: int, options: argparse.Namespace, layout: dict[str, Any]) -> di
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "host": f"{gpus} x {pynvml.nvmlDeviceGetName(handle)}, {os.cpu_count()} cores, "
-        f"{store.available_bytes() / 1e9:.0f} GB of host memory available, "
+        f"{host_store.available_bytes() / 1e9:.0f} GB of host memory available, "
         f"driver {pynvml.nvmlSystemGetDriverVersion()}, Python {platform.python_version()}",
         "command": f"benchmarks/weights.py --scale {options.scale} --cycles {options.cycles}",
         "gpus": gpus,

@@ -16,7 +16,7 @@ SERVICE_PYTHON=${SERVICE_PYTHON:-}
 PURGE=${PURGE:-0}
 LIBDIR=/usr/local/lib
 HERE=$(cd "$(dirname "$0")" && pwd)
-SYSTEM_UNITS="gpuctld.service gpuctld-nvidia.service"
+SYSTEM_UNITS="gpuctld.service gpuctld-workers.socket gpuctld-workers.service gpuctld-nvidia.service"
 
 die() { echo "install: $*" >&2; exit 1; }
 
@@ -45,6 +45,7 @@ install_program() {
         mkdir -p "$DESTDIR$PREFIX/bin"
         command_for gpuctl gpuctl.cli
         command_for gpuctld gpuctld.__main__
+        command_for gpuctld-workers gpuctld.worker.forkserver
     fi
     mkdir -p "$DESTDIR$BINDIR"
     ln -sfn "$PREFIX/bin/gpuctl" "$DESTDIR$BINDIR/gpuctl"
@@ -95,7 +96,8 @@ remove_program() {
         rm -rf "$DESTDIR$PREFIX"
         return
     fi
-    rm -f "$DESTDIR$PREFIX/bin/gpuctl" "$DESTDIR$PREFIX/bin/gpuctld"
+    rm -f "$DESTDIR$PREFIX/bin/gpuctl" "$DESTDIR$PREFIX/bin/gpuctld" \
+        "$DESTDIR$PREFIX/bin/gpuctld-workers"
     rm -rf "$DESTDIR$PREFIX/lib/gpuctl" "$DESTDIR$PREFIX/share/doc/gpuctl"
     for empty in share/doc share lib bin .; do
         rmdir "$DESTDIR$PREFIX/$empty" 2>/dev/null || :
@@ -116,7 +118,11 @@ remove_files() {
 
 purge() {
     rm -rf "$DESTDIR/etc/gpuctl" "$DESTDIR/var/lib/gpuctl" "$DESTDIR/var/cache/gpuctl" \
-        "$DESTDIR/var/log/gpuctl" "$DESTDIR/etc/systemd/system/gpuctld.service.d"
+        "$DESTDIR/var/log/gpuctl"
+    for changed in gpuctld.service gpuctld-workers.service system-gpuctl.slice; do
+        rm -rf "$DESTDIR/etc/systemd/system/$changed.d" \
+            "$DESTDIR/etc/systemd/system.control/$changed.d"
+    done
     [ -z "$DESTDIR" ] || return 0
     if getent passwd gpuctl >/dev/null; then userdel gpuctl; fi
     if getent group gpuctl >/dev/null; then groupdel gpuctl; fi

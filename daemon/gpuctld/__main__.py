@@ -22,6 +22,8 @@ from gpuctld import catalog, config, devices, doors, forkserver, lock, logs
 from gpuctld.config import Config
 from gpuctld.devices import Device
 from gpuctld.fleet.events import Reconfigured
+from gpuctld.forkserver import ForkServer
+from gpuctld.service import build, read_catalog
 from gpuctld.service_manager import Notifier
 
 log = logging.getLogger("gpuctld")
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="configuration file")
     parser.add_argument("--socket", help="endpoint for clients, ipc://...")
     parser.add_argument("--devices", help="auto, or a list such as cuda:0,cuda:3 or cpu,cpu")
+    parser.add_argument("--workers", type=Path, help="socket of gpuctld-workers; default: a child")
     parser.add_argument("--check-config", action="store_true", help="check and leave")
     parser.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"]
@@ -95,13 +98,16 @@ def serve(options: argparse.Namespace, settings: Config, crew: list[Device]) -> 
     if path is None:
         raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
     doors.private_directory(path.parent, 0o750)
-    with lock.acquire(path.with_suffix(".lock")), _private_directory() as private:
+    with lock.acquire(path.with_suffix(".lock")), _private_directory(options) as private:
         _serve(options, settings, crew, endpoint, private)
 
 
 @contextlib.contextmanager
-def _private_directory() -> Iterator[Path]:
-    """Where the workers' sockets are: mode 0700, gone with the daemon."""
+def _private_directory(options: argparse.Namespace) -> Iterator[Path]:
+    """Where the workers' sockets are, mode 0700: the workers' own, or ours and gone with us."""
+    if options.workers is not None:
+        yield options.workers.with_suffix("")
+        return
     base = os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
     directory = Path(tempfile.mkdtemp(prefix="gpuctld-", dir=base))
     try:
@@ -113,19 +119,18 @@ def _private_directory() -> Iterator[Path]:
 def _serve(
     options: argparse.Namespace, settings: Config, crew: list[Device], endpoint: str, private: Path
 ) -> None:
-    """Wire the parts. Imports torch, so only a daemon that will run comes here."""
+    """Wire the parts."""
     manager = Notifier.from_environment()  # before any other process could inherit its address
-    with contextlib.ExitStack() as ending:
-        forkserver.start()
-        ending.callback(forkserver.stop)
-        from gpuctld.service import build, read_catalog  # noqa: PLC0415  torch takes seconds, there as here
 
-        def reconfigure() -> Reconfigured:
-            fresh, _ = _configuration(options)
-            return Reconfigured(read_catalog(fresh), fresh.phases)
+    def reconfigure() -> Reconfigured:
+        fresh, _ = _configuration(options)
+        return Reconfigured(read_catalog(fresh), fresh.phases)
 
-        controller = build(settings, crew, endpoint, private, reconfigure, manager=manager)
-        ending.enter_context(contextlib.closing(controller))
+    def connect() -> ForkServer:
+        return forkserver.attach(options.workers) if options.workers else forkserver.launch()
+
+    controller = build(settings, crew, endpoint, private, reconfigure, connect, manager=manager)
+    with contextlib.closing(controller):
         controller.run()
 
 

@@ -1,4 +1,4 @@
-"""The main loop: sockets, child sentinels, signals and the clock into events; effects out.
+"""The main loop: sockets, signals and the clock into events; effects out.
 
 One thread, one poller, no blocking call. The controller decides nothing about models and jobs
 (that is the fleet's), opens no CUDA, and copies no image: blobs pass through as frames.
@@ -102,10 +102,11 @@ class Controller:
             self._carry_out(effects.Spawn(gpu))
         while not self.fleet.stopped:
             self.turn()
+        self.supervisor.dismiss()
 
     def close(self) -> None:
         """End what is left, on any way out."""
-        self.supervisor.kill_all()
+        self.supervisor.close()
         self.links.close_all()
         self.door.close()
 
@@ -130,7 +131,7 @@ class Controller:
             self.door.socket,
             self.signals.descriptor,
             *self.links.sockets(),
-            *self.supervisor.sentinels(),
+            *self.supervisor.descriptors(),
             *self.processes.descriptors(),
         ):
             poller.register(source, zmq.POLLIN)
@@ -211,20 +212,21 @@ class Controller:
                     self._inbox.append(events.Heard(gpu, message, blobs))
 
     def _take_deaths(self, ready: set[Any]) -> None:
-        for sentinel, gpu in self.supervisor.sentinels().items():
-            if sentinel in ready:
-                self._bury(gpu)
+        for news in self.supervisor.news():
+            if isinstance(news, events.Died):
+                self._bury(news)
+            else:
+                log.info("worker_started", extra=logs.fields(gpu=news.gpu, pid=news.pid))
+            self._inbox.append(news)
         for key in self.processes.ended(ready):
             self._process_ended(key)
 
-    def _bury(self, gpu: int) -> None:
-        for message, blobs in self.links.receive(gpu):  # its last words count
-            self._inbox.append(events.Heard(gpu, message, blobs))
-        self.links.close(gpu)
-        reason = self.supervisor.bury(gpu)
+    def _bury(self, died: events.Died) -> None:
+        for message, blobs in self.links.receive(died.gpu):  # its last words count
+            self._inbox.append(events.Heard(died.gpu, message, blobs))
+        self.links.close(died.gpu)
         level = logging.INFO if self.fleet.state.stopping else logging.WARNING
-        log.log(level, "worker_ended", extra=logs.fields(gpu=gpu, reason=reason))
-        self._inbox.append(events.Died(gpu, reason))
+        log.log(level, "worker_ended", extra=logs.fields(gpu=died.gpu, reason=died.reason))
 
     def _process_ended(self, key: bytes | str) -> None:
         if isinstance(key, str):
@@ -289,9 +291,7 @@ class Controller:
 
     def _spawn(self, gpu: int) -> None:
         self.links.open(gpu)
-        pid = self.supervisor.spawn(gpu)
-        log.info("worker_started", extra=logs.fields(gpu=gpu, pid=pid))
-        self._inbox.append(events.Spawned(gpu, pid))
+        self.supervisor.spawn(gpu)
 
     def _answer(self, effect: effects.Answer) -> None:
         frames = protocol.encode(effect.reply, effect.blobs)

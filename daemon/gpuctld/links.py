@@ -41,7 +41,7 @@ class Links:
         return {socket: gpu for gpu, socket in self._sockets.items()}
 
     def send(self, gpu: int, command: messages.Command, blobs: Sequence[Any]) -> None:
-        """Hand a command over; a worker that is gone is noticed by its sentinel."""
+        """Hand a command over; a worker that is gone is noticed by its end."""
         socket = self._sockets.get(gpu)
         if socket is None:
             return

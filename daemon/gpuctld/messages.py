@@ -2,7 +2,7 @@
 
 Both ends are ours and of one version, so the classes travel as plain maps without validation:
 ``[msgpack map with "kind"] [blob]*``. Clients never reach these sockets: they stand in a
-directory of mode 0700.
+directory of mode 0700. The fork server is spoken to alike, one message per packet.
 """
 
 from __future__ import annotations
@@ -170,6 +170,44 @@ class Fault:
     error: dict[str, Any]
 
 
+# --- controller and fork server --------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Fork:
+    """Start a worker. Its channel comes along.
+
+    ``version``: the controller's, which must be the fork server's own. ``main``: the worker's
+    entry point, ``module:function``.
+    """
+
+    version: str
+    gpu: int
+    main: str
+    spec: dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Leave:
+    """An orderly end: end every worker, then yourself."""
+
+
+@attrs.frozen(kw_only=True)
+class Forked:
+    """A worker was started. A pidfd of it comes along."""
+
+    gpu: int
+    pid: int
+
+
+@attrs.frozen(kw_only=True)
+class Ended:
+    """A worker has ended; ``status`` as ``multiprocessing.Process.exitcode``."""
+
+    gpu: int
+    status: int | None
+
+
 Command = (
     LoadModel
     | UnloadModel
@@ -182,11 +220,14 @@ Command = (
     | Stop
 )
 Event = Hello | Beat | Probed | Progress | Done | Suspended | Woken | Failed | Fault
+Forking = Fork | Leave | Forked | Ended
 
-_KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in (*Command.__args__, *Event.__args__)}
+_KINDS: dict[str, type[Any]] = {
+    cls.__name__: cls for union in (Command, Event, Forking) for cls in union.__args__
+}
 
 
-def encode(message: Command | Event, blobs: Sequence[Any] = ()) -> list[Any]:
+def encode(message: Command | Event | Forking, blobs: Sequence[Any] = ()) -> list[Any]:
     """Frames of a message."""
     fields = attrs.asdict(message, recurse=False)
     return [msgpack.packb({"kind": type(message).__name__, **fields}), *blobs]

@@ -11,7 +11,7 @@ import zmq
 
 import gpuctl
 from gpuctl.errors import BadModel
-from gpuctld import catalog
+from gpuctld import catalog, model_folder
 from gpuctld.catalog import Catalog, Model
 from gpuctld.config import Config
 from gpuctld.controller import About, Controller, ServiceManager
@@ -19,15 +19,16 @@ from gpuctld.devices import Device
 from gpuctld.doors import IPC, Door
 from gpuctld.fleet import Fleet
 from gpuctld.fleet.events import Reconfigured
+from gpuctld.forkserver import ForkServer
+from gpuctld.host_store import HostStore
 from gpuctld.links import Links
 from gpuctld.processes import Processes
 from gpuctld.service_manager import Notifier
 from gpuctld.signals import SignalPipe
 from gpuctld.state_file import StateFile
-from gpuctld.supervisor import Supervisor, WorkerMain, WorkerSpec
-from gpuctld.weights import folder
-from gpuctld.weights.store import HostStore
-from gpuctld.worker.main import main as worker_main
+from gpuctld.supervisor import Supervisor, WorkerSpec
+
+WORKER_MAIN = "gpuctld.worker.main:main"
 
 
 def read_catalog(settings: Config) -> Catalog:
@@ -41,18 +42,20 @@ def read_catalog(settings: Config) -> Catalog:
 
 def _estimate(model: Model) -> int:
     try:
-        return folder.estimate_bytes(Path(model.path), model.dtype, model.variant)
+        return model_folder.estimate_bytes(Path(model.path), model.dtype, model.variant)
     except (BadModel, OSError):
         return 0
 
 
-def build(
+def build(  # noqa: PLR0913  the one place that knows all parts
     settings: Config,
     crew: list[Device],
     endpoint: str,
     private: Path,
     reconfigure: Callable[[], Reconfigured],
-    worker: WorkerMain = worker_main,
+    connect: Callable[[], ForkServer],
+    *,
+    worker: str = WORKER_MAIN,
     manager: ServiceManager | None = None,
 ) -> Controller:
     """Wire a controller.
@@ -63,6 +66,7 @@ def build(
         endpoint: where clients connect.
         private: directory for the workers' own sockets.
         reconfigure: reads the configuration again.
+        connect: finds or starts the fork server.
         worker: the workers' entry point; tests put faults in front of it.
         manager: whom to tell how the daemon is; nobody by default.
     """
@@ -73,7 +77,7 @@ def build(
         fleet=Fleet(settings, read_catalog(settings), crew),
         door=Door(context, endpoint),
         links=Links(context, {gpu: spec.endpoint for gpu, spec in specs.items()}),
-        supervisor=Supervisor(specs, worker),
+        supervisor=Supervisor(specs, worker, connect),
         store=HostStore(settings.daemon.host_budget),
         state_file=StateFile(Path(settings.daemon.state_dir).expanduser()),
         processes=Processes(),
@@ -85,7 +89,7 @@ def build(
 
 
 def _specs(settings: Config, crew: list[Device], private: Path) -> dict[int, WorkerSpec]:
-    peers = {device.gpu: str(private / f"peer-{device.gpu}.sock") for device in crew}
+    peers = [str(private / f"peer-{device.gpu}.sock") for device in crew]
     return {
         device.gpu: WorkerSpec(
             device=device,

@@ -6,15 +6,16 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import attrs
-import torch.multiprocessing
 
-from gpuctld import forkserver
+import gpuctl
 from gpuctld.devices import Device
+from gpuctld.fleet.events import Died, Spawned
+from gpuctld.forkserver import ForkServer
+from gpuctld.messages import Ended, Fork, Forked
 
 
 @attrs.frozen(kw_only=True)
@@ -23,77 +24,108 @@ class WorkerSpec:
 
     device: Device
     endpoint: str
-    peer_paths: dict[int, str]
+    peer_paths: list[str]
     max_pixels: int
     threads: int | None
 
+    @classmethod
+    def from_map(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of ``attrs.asdict``."""
+        return cls(**fields | {"device": Device(**fields["device"])})
 
-WorkerMain = Callable[[WorkerSpec, socket.socket], None]
 
-
-@attrs.frozen
+@attrs.define
 class Child:
-    """A running worker: its process, and our end of the channel that carries descriptors."""
+    """A worker: our end of the channel that carries descriptors; a pidfd once it is forked."""
 
-    process: BaseProcess
     channel: socket.socket
+    pidfd: int | None = None
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
 
 
 class Supervisor:
-    """One child per device, forked from the server of :mod:`gpuctld.forkserver`."""
+    """One child per device, forked by the server of :mod:`gpuctld.forkserver`.
 
-    def __init__(self, specs: dict[int, WorkerSpec], main: WorkerMain) -> None:
+    Args:
+        specs: what to tell the workers, by GPU.
+        main: their entry point, ``module:function``.
+        connect: finds or starts a fork server; asked again when one has ended.
+    """
+
+    def __init__(
+        self, specs: dict[int, WorkerSpec], main: str, connect: Callable[[], ForkServer]
+    ) -> None:
         self._specs = specs
         self._main = main
+        self._connect = connect
+        self._server: ForkServer | None = connect()
         self._children: dict[int, Child] = {}
-        self._context: ForkServerContext = torch.multiprocessing.get_context("forkserver")
-        forkserver.start()
 
-    def spawn(self, gpu: int) -> int:
-        """Start the worker of a device; its pid.
+    def spawn(self, gpu: int) -> None:
+        """Have the worker of a device started; :meth:`news` tells when it is.
 
-        Call it from the main thread: the parent-death signal fires when the spawning thread ends.
+        Raises:
+            GpuctlError: there is no fork server.
         """
+        self._server = self._server or self._connect()
         ours, theirs = socket.socketpair()
-        process = self._context.Process(
-            target=self._main, args=(self._specs[gpu], theirs), name=f"gpuctl-worker-{gpu}"
-        )
-        process.start()
-        theirs.close()
-        self._children[gpu] = Child(process, ours)
-        assert process.pid is not None  # noqa: S101  set by start()
-        return process.pid
+        with theirs:
+            spec = attrs.asdict(self._specs[gpu])
+            request = Fork(version=gpuctl.__version__, gpu=gpu, main=self._main, spec=spec)
+            self._server.fork(request, theirs)
+        self._children[gpu] = Child(ours)
 
-    def sentinels(self) -> dict[int, int]:
-        """File descriptors that become readable when a child has ended, and whose."""
-        return {child.process.sentinel: gpu for gpu, child in self._children.items()}
+    def descriptors(self) -> list[int]:
+        """File descriptors that become readable when there are news."""
+        return [self._server.descriptor] if self._server else []
 
-    def bury(self, gpu: int) -> str:
-        """Clean up after a child that has ended; how it ended, in words."""
-        child = self._children.pop(gpu)
-        child.channel.close()
-        child.process.join()
-        status = child.process.exitcode
-        child.process.close()
-        return describe_exit(status)
+    def news(self) -> Iterator[Spawned | Died]:
+        """Which workers were started and which have ended since the last call."""
+        if self._server is None:
+            return
+        try:
+            for message, descriptors in self._server.receive():
+                yield self._note(message, descriptors)
+        except EOFError:
+            self._server.close()
+            self._server = None
+            yield from [self._bury(gpu, "the fork server ended") for gpu in list(self._children)]
+
+    def _note(self, message: Forked | Ended, descriptors: list[int]) -> Spawned | Died:
+        if isinstance(message, Ended):
+            return self._bury(message.gpu, describe_exit(message.status))
+        [self._children[message.gpu].pidfd] = descriptors
+        return Spawned(message.gpu, message.pid)
+
+    def _bury(self, gpu: int, reason: str) -> Died:
+        self._children.pop(gpu).close()
+        return Died(gpu, reason)
 
     def signal(self, gpu: int, number: int) -> None:
         """Send a signal to a worker, if it is still there."""
         child = self._children.get(gpu)
-        if child is not None and child.process.pid is not None:
+        if child is not None and child.pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child.process.pid, number)
+                signal.pidfd_send_signal(child.pidfd, number)
 
     def send_descriptor(self, gpu: int, name: str, descriptor: int) -> None:
         """Hand an open file to a worker; it takes exactly one per load."""
-        with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel
+        with contextlib.suppress(OSError):  # a dead worker is noticed by its end
             socket.send_fds(self._children[gpu].channel, [name.encode()], [descriptor])
 
-    def kill_all(self) -> None:
+    def dismiss(self) -> None:
+        """An orderly end: the fork server leaves too, and with it what it has imported."""
+        if self._server is not None:
+            self._server.dismiss()
+
+    def close(self) -> None:
         """End every child at once."""
-        for gpu in list(self._children):
-            self.signal(gpu, signal.SIGKILL)
-            self.bury(gpu)
+        if self._server is not None:
+            self._server.close()
 
 
 def describe_exit(status: int | None) -> str:

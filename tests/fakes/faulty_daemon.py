@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from gpuctld import __main__ as program
-from gpuctld import service
 from gpuctld.supervisor import WorkerSpec
 from gpuctld.worker import main as worker_main
 
@@ -63,8 +62,6 @@ def faulty_main(spec: WorkerSpec, channel: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    from tests.fakes.faulty_daemon import faulty_main as importable
-
-    service_build = service.build
-    service.build = functools.partial(service_build, worker=importable)
+    service_build = program.build
+    program.build = functools.partial(service_build, worker="tests.fakes.faulty_daemon:faulty_main")
     sys.exit(program.main())

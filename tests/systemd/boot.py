@@ -68,7 +68,7 @@ def mounts(spec: dict) -> None:
     work = Path(spec["work"])
     root = work / "root"
     mount("--make-rprivate", "/")
-    mount("-t", "tmpfs", "-o", "size=512m,mode=755", "tmpfs", work)
+    mount("-t", "tmpfs", "-o", "size=4g,mode=755", "tmpfs", work)
     for name in ("upper", "scratch", "root"):
         (work / name).mkdir()
     layers = f"lowerdir=/,upperdir={work}/upper,workdir={work}/scratch"

@@ -6,7 +6,10 @@ import pytest
 from tests.fakes.tiny_models import tiny_stable_diffusion
 from tests.systemd.machine import CHECKOUT, Machine, why_not
 
-NEEDED = ("ctl", "daemon", "systemd", "docs", "Makefile")
+NEEDED = (
+    *("ctl", "daemon", "demo", "systemd", "docs"),
+    *("Makefile", "README.md", "LICENSE", "setup.cfg", "pyproject.toml", "constraints.txt"),
+)
 
 
 @pytest.fixture(scope="module")

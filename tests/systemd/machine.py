@@ -17,6 +17,7 @@ BOOT = Path(__file__).with_name("boot.py")
 SOURCE = "/opt/test/src"
 PYTHON = "/opt/test/python"
 MODELS = "/opt/test/models"
+ENVIRON = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
 def why_not() -> str | None:
@@ -100,20 +101,36 @@ class Machine:
         Raises:
             AssertionError: it failed and ``check`` is set; with its output.
         """
-        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
-        enter = ["nsenter", "-t", str(self.pid), "-a", *(become if user else [])]
-        environ = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         done = subprocess.run(
-            [*enter, *command],
+            self.inside(command, user),
             input=text or "",
             capture_output=True,
             text=True,
-            env=environ,
+            env=ENVIRON,
             timeout=100,
             check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
+
+    def online(self, *command: str) -> None:
+        """Run a command inside, but with this machine's network and its pip's settings.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        enter = ["nsenter", "-t", str(self.pid), "-m", "-u", "-i", "-p"]
+        pip = {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
+        subprocess.run([*enter, *command], env=ENVIRON | pip, check=True)
+
+    def popen(self, *command: str, user: str) -> subprocess.Popen[str]:
+        """Start a command inside, with pipes to and from it."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen(self.inside(command, user), text=True, env=ENVIRON, **pipes)
+
+    def inside(self, command: tuple[str, ...], user: str | None) -> list[str]:
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
+        return ["nsenter", "-t", str(self.pid), "-a", *(become if user else []), *command]
 
     def write(self, path: str, content: str, mode: str = "644") -> None:
         self.run("mkdir", "-p", str(Path(path).parent))

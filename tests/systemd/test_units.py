@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="needs the package systemd"
 )
 UNITS = CHECKOUT / "systemd"
+SERVICES = ("gpuctld.service", "gpuctld-workers.service")
 
 
 def install(tmp_path, action="install", **variables):
@@ -23,25 +24,45 @@ def install(tmp_path, action="install", **variables):
 
 
 @pytest.mark.parametrize(
-    "path", ["system/gpuctld.service", "system/gpuctld-nvidia.service", "user/gpuctld.service"]
+    "path",
+    [
+        "system/gpuctld.service",
+        "system/gpuctld-workers.socket",
+        "system/gpuctld-workers.service",
+        "system/gpuctld-nvidia.service",
+        "user/gpuctld.service",
+    ],
 )
 def test_units_are_clean(tmp_path, path):
     install(tmp_path)
-    unit = tmp_path / "stage/usr/local/lib/systemd" / path
-    unit.write_text(unit.read_text().replace("/opt/", f"{tmp_path}/stage/opt/"))
+    units = tmp_path / "stage/usr/local/lib/systemd"
+    for unit in units.glob("*/*"):
+        unit.write_text(unit.read_text().replace("/opt/", f"{tmp_path}/stage/opt/"))
     scope = ["--user"] if path.startswith("user/") else []
-    command = ["systemd-analyze", *scope, "verify", "--man=no", str(unit)]
+    command = ["systemd-analyze", *scope, "verify", "--man=no", str(units / path)]
     environ = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_the_service_is_hardened():
+@pytest.mark.parametrize("name", SERVICES)
+def test_the_services_are_hardened(name):
     command = ["systemd-analyze", "security", "--offline=yes", "--threshold=20"]
     done = subprocess.run(
-        [*command, str(UNITS / "gpuctld.service")], capture_output=True, text=True, check=False
+        [*command, str(UNITS / name)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_both_services_are_hardened_alike():
+    controller, workers = (hardening((UNITS / name).read_text()) for name in SERVICES)
+    assert controller == workers
+
+
+def hardening(unit):
+    """The settings from the first hardening one on."""
+    lines = unit[unit.index("NoNewPrivileges=") :].partition("[Install]")[0].splitlines()
+    return [line for line in lines if "=" in line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("tool", ["sysusers", "tmpfiles"])

@@ -8,7 +8,7 @@ import pytest
 
 from gpuctl.errors import BadModel
 from gpuctl_demo import MODELS, model_path
-from gpuctld.weights import folder
+from gpuctld import model_folder
 
 RESULTS = Path(__file__).parents[2] / "training" / "results.json"
 BUDGET = 16 * 1024 * 1024
@@ -25,7 +25,7 @@ def test_all_models_fit_the_budget():
 
 @pytest.mark.parametrize("name", ["shapes", "shapes-edit"])
 def test_the_folder_is_one_that_the_daemon_accepts(name):
-    folder.check(model_path(name))
+    model_folder.check(model_path(name))
     assert not list(model_path(name).rglob("*.bin"))
 
 
@@ -47,7 +47,7 @@ def test_damaged_weights_are_named(copy, spoil):
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     spoil(weights)
     with pytest.raises(BadModel, match="unet"):
-        folder.check(copy)
+        model_folder.check(copy)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_hostile_folders_are_refused(copy, change, word):
     index = copy / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
     with pytest.raises(BadModel, match=word):
-        folder.check(copy)
+        model_folder.check(copy)
 
 
 def test_a_component_that_links_elsewhere_is_refused(copy, tmp_path):
     shutil.move(copy / "vae", tmp_path / "elsewhere")
     (copy / "vae").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BadModel, match="leads out"):
-        folder.check(copy)
+        model_folder.check(copy)
 
 
 def test_the_recorded_figures_reach_the_targets():

@@ -1,4 +1,4 @@
-"""What happens to the fleet. The controller turns sockets, sentinels and clocks into these."""
+"""What happens to the fleet. The controller turns sockets, signals and clocks into these."""
 
 from __future__ import annotations
 

@@ -60,9 +60,8 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Every worker has said hello at least once, or has used up its attempts."""
-        return all(
-            worker.state is not WorkerState.STARTING for worker in self.state.workers.values()
-        )
+        on_the_way = {WorkerState.STARTING, WorkerState.BACKOFF}
+        return all(worker.state not in on_the_way for worker in self.state.workers.values())
 
     @property
     def stopped(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gpuctld.weights import store
+from gpuctld import host_store
 from gpuctld.weights.nvml_gauge import NvmlGauge
 
 
@@ -40,7 +40,7 @@ class CpuGauge:
         self._total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def memory(self) -> dict[str, int]:
-        free = min(store.available_bytes(), self._total)
+        free = min(host_store.available_bytes(), self._total)
         return {"total": self._total, "used": self._total - free, "free": free}
 
     def foreign(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import attrs
 import torch
 
 from gpuctl.errors import BadModel
-from gpuctld.weights import folder
+from gpuctld import model_folder
 
 READ_BYTES = 16 * 1024 * 1024
 READERS = 8
@@ -35,8 +35,8 @@ def read(source: ModelSource) -> Any:
         BadModel: names the file that is missing, damaged or not allowed.
     """
     path = Path(source.path)
-    folder.check(path)
-    _into_page_cache(folder.weight_files(path, source.variant))
+    model_folder.check(path)
+    _into_page_cache(model_folder.weight_files(path, source.variant))
     try:
         pipeline = _from_pretrained(source)
     except (OSError, ValueError, KeyError, RuntimeError) as failed:

@@ -8,7 +8,7 @@ import pickle
 
 import torch
 
-from gpuctld.weights import store
+from gpuctld import host_store
 from gpuctld.weights.layout import Entry, Layout
 
 
@@ -27,7 +27,7 @@ class Segment:
         """Size the file, write what stands behind the weights, and seal its size."""
         os.ftruncate(descriptor, slab_bytes + len(skeleton) + len(table))
         os.pwrite(descriptor, skeleton + table, slab_bytes)
-        store.seal(descriptor)
+        host_store.seal(descriptor)
         return cls(descriptor, slab_bytes)
 
     def skeleton(self, layout: Layout) -> bytes:

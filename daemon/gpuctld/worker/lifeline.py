@@ -11,14 +11,13 @@ PR_SET_PDEATHSIG = 1
 OOM_SCORE_ADJ = 500
 
 
-def die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """Have the kernel send SIGKILL when the parent ends; see prctl(2).
 
-    A parent that has ended already has left us to a reaper: then leave at once.
+    ``parent`` is the pid that it had: if it has ended already, leave at once.
     """
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -35,7 +35,7 @@ from gpuctld.messages import (
 from gpuctld.supervisor import WorkerSpec
 from gpuctld.weights import Layout, Listener, Meeting, ModelSource, Resident
 from gpuctld.worker import generate
-from gpuctld.worker.lifeline import die_with_parent, volunteer_for_oom
+from gpuctld.worker.lifeline import volunteer_for_oom
 from gpuctld.worker.link import Link
 
 STICKY = (
@@ -59,7 +59,6 @@ CPU_NICENESS = 10
 
 def main(spec: WorkerSpec, channel: socket.socket) -> None:
     """The process's entry point. ``channel`` brings the descriptors of host copies."""
-    die_with_parent()
     volunteer_for_oom()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is the controller's business
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

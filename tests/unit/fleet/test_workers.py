@@ -191,6 +191,14 @@ def test_restored_models_are_loaded_after_the_start(make_bench):
     assert bench.states() == ["loaded", "absent"]
 
 
+def test_a_worker_that_died_before_its_first_hello_is_still_awaited(make_bench):
+    bench = make_bench(workers=1)
+    bench.die(0)
+    assert not bench.fleet.ready
+    come_back(bench, 0)
+    assert bench.fleet.ready
+
+
 def test_stopping_drains_and_ends_the_workers(bench):
     loaded(bench)
     job = bench.ask(Generate(model="flux", gpu=0))
