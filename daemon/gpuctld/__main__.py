@@ -18,7 +18,7 @@ import attrs
 import gpuctl
 from gpuctl.errors import BadConfig, GpuctlError
 from gpuctl.paths import default_socket
-from gpuctld import catalog, config, devices, doors, forkserver, lock, logs
+from gpuctld import catalog, config, devices, doors, entrances, forkserver, lock, logs
 from gpuctld.config import Config
 from gpuctld.devices import Device
 from gpuctld.fleet.events import Reconfigured
@@ -95,6 +95,7 @@ def serve(options: argparse.Namespace, settings: Config, crew: list[Device]) -> 
     if path is None:
         raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
     doors.private_directory(path.parent, 0o750)
+    entrances.raise_limit()
     with lock.acquire(path.with_suffix(".lock")), _private_directory() as private:
         _serve(options, settings, crew, endpoint, private)
 

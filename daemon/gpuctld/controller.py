@@ -127,7 +127,7 @@ class Controller:
     def _wait(self) -> set[Any]:
         poller = zmq.Poller()
         for source in (
-            self.door.socket,
+            *self.door.sources,
             self.signals.descriptor,
             *self.links.sockets(),
             *self.supervisor.sentinels(),
@@ -372,7 +372,7 @@ class Controller:
         if isinstance(request, Ping):
             about = {**attrs.asdict(self.about), "pid": os.getpid(), "uptime_s": uptime}
             return report.reply(request.id, "ping", protocol=protocol.VERSION.decode(), **about)
-        degraded = [self.state_file.problem] if self.state_file.problem else []
+        degraded = [each for each in (self.state_file.problem, self.door.problem) if each]
         daemon = {
             **attrs.asdict(self.about),
             "pid": os.getpid(),

@@ -38,17 +38,26 @@ image_guidance_scale = {IMAGE_GUIDANCE}
 
 
 class Daemon:
-    """``gpuctld`` on ``workers`` cpu devices. ``module``: what to run, ours or one with faults."""
+    """``gpuctld`` on ``workers`` cpu devices.
+
+    ``module``: what to run, ours or one with faults. ``under``: a command that starts it.
+    """
 
     def __init__(
-        self, home: Path, workers: int = 2, *, more: str = "", module: str = "gpuctld"
+        self,
+        home: Path,
+        workers: int = 2,
+        *,
+        more: str = "",
+        module: str = "gpuctld",
+        under: tuple[str, ...] = (),
     ) -> None:
         self.home = home
         self.endpoint = f"ipc://{home}/gpuctl.sock"
         self.config = home / "config.toml"
         self.config.write_text(CONFIG.format(home=home) + more)
         self.inject()
-        self._command = [sys.executable, "-m", module, "--config", str(self.config)]
+        self._command = [*under, sys.executable, "-m", module, "--config", str(self.config)]
         self._command += ["--socket", self.endpoint, "--devices", ",".join(["cpu"] * workers)]
         self.process: subprocess.Popen[bytes] | None = None
 
