@@ -18,7 +18,7 @@ from gpuctld.fleet.events import Peer
 IPC = "ipc://"
 HANDSHAKE_MS = 2_000
 QUEUE = 1_000
-TURN = 256
+TURN = 64
 """Messages taken in one turn of the loop, so that a flood does not starve the workers."""
 MAX_PARTS = 4 + protocol.MAX_BLOBS
 """Connection, delimiter, version and map stand before the blobs."""
@@ -83,7 +83,8 @@ class Door:
         """One message; nothing for a piece of one that has too many parts.
 
         libzmq bounds a frame, not their number. Such a message is thrown away piece by piece, so
-        that the loop goes on with other things meanwhile.
+        that the loop goes on with other things meanwhile; other clients' messages come behind it
+        (4.5 us a part).
         """
         frames: list[zmq.Frame] = []
         while len(frames) < MAX_PARTS:
