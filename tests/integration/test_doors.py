@@ -137,8 +137,7 @@ def steady_client(shared_daemon):
     yield
     took = sorted(json.loads(process.communicate(timeout=20)[0]))
     p99, most = took[int(len(took) * 0.99)] * 1e3, took[-1] * 1e3
-    sys.stdout.write(f"status: p99 {p99:.1f} ms, most {most:.1f} ms, {len(took)} asked
-")
+    sys.stdout.write(f"status: p99 {p99:.1f} ms, most {most:.1f} ms, {len(took)} asked\n")
     assert p99 < PATIENCE_MS
 
 
