@@ -85,6 +85,9 @@ class Conversation:
 
 def no_daemon(endpoint: str) -> NoDaemon:
     """Nobody answers, or only to others."""
+    if endpoint.startswith("tcp://"):
+        hint = "is it up, is GPUCTL_SERVER_KEY its key, and is yours in its [tcp.clients]?"
+        return NoDaemon(f"no gpuctld answers on {endpoint}", hint)
     if not permitted(endpoint):
         hint = "the system service is for members of group gpuctl; join it and log in again"
         return NoDaemon(f"no permission to use {endpoint}", hint)

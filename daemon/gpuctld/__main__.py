@@ -18,7 +18,7 @@ import attrs
 import gpuctl
 from gpuctl.errors import BadConfig, GpuctlError
 from gpuctl.paths import default_socket
-from gpuctld import catalog, config, devices, doors, entrances, forkserver, lock, logs
+from gpuctld import catalog, config, devices, doors, entrances, forkserver, lock, logs, remote
 from gpuctld.config import Config
 from gpuctld.devices import Device
 from gpuctld.fleet.events import Reconfigured
@@ -80,6 +80,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[Device]]:
     daemon = attrs.evolve(settings.daemon, **overrides)
     settings = settings.with_daemon(daemon)
     catalog.from_config(settings)
+    remote.from_config(settings)
     gpus = devices.visible_gpus(devices.installed_gpus(), os.environ)
     return settings, devices.resolve(settings.daemon.devices, gpus)
 

@@ -12,8 +12,9 @@ import zmq
 
 from gpuctl import protocol
 from gpuctl.errors import BadConfig, BadRequest
-from gpuctld.entrances import DescriptorGuard, IpcEntrance
+from gpuctld.entrances import DescriptorGuard, Entrance, IpcEntrance
 from gpuctld.fleet.events import Peer
+from gpuctld.remote import Remote, TcpEntrance
 
 IPC = "ipc://"
 HANDSHAKE_MS = 2_000
@@ -37,7 +38,9 @@ class Incoming:
 class Door:
     """Binds the client socket and moves whole messages; knows nothing of what they mean."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, remote: Remote | None = None
+    ) -> None:
         self.endpoint = endpoint
         self.refused = 0
         self.socket = context.socket(zmq.ROUTER)
@@ -52,7 +55,9 @@ class Door:
         path = ipc_path(endpoint)
         if path is None:
             raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
-        self._entrances = [IpcEntrance(self.socket, path)]
+        self._entrances: list[Entrance] = [IpcEntrance(self.socket, path)]
+        if remote is not None:
+            self._entrances.append(TcpEntrance(self.socket, context, remote))
         self._guard = DescriptorGuard(self.socket, self._entrances)
 
     @property
@@ -135,12 +140,24 @@ class Door:
 
 
 def _peer(frame: zmq.Frame) -> Peer:
-    """User and process behind an ipc connection; libzmq notes ``host:uid:gid:pid``."""
+    """User and process behind an ipc connection; libzmq notes ``host:uid:gid:pid``.
+
+    An IPv6 address could look the same, so a connection with a key has neither.
+    """
+    if _has_key(frame):
+        return Peer()
     try:
         _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
         return Peer(pid=int(pid), uid=int(uid))
     except (zmq.ZMQError, ValueError):
         return Peer()
+
+
+def _has_key(frame: zmq.Frame) -> bool:
+    try:
+        return bool(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return False
 
 
 def ipc_path(endpoint: str) -> Path | None:

@@ -29,7 +29,7 @@ _MODE = stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IWGRP
 class Entrance(Protocol):
     """One endpoint of a door."""
 
-    def open(self) -> None: ...
+    def open(self) -> bool: ...
     def shut(self) -> None: ...
     def close(self) -> None: ...
 
@@ -46,10 +46,12 @@ class IpcEntrance:
         path.chmod(_MODE)
         self._live.hardlink_to(path)
 
-    def open(self) -> None:
+    def open(self) -> bool:
         """Let connections in again."""
-        self._next.hardlink_to(self._live)
-        self._next.replace(self._path)
+        if not self._path.samefile(self._live):
+            self._next.hardlink_to(self._live)
+            self._next.replace(self._path)
+        return True
 
     def shut(self) -> None:
         """Have newcomers refused (``ECONNREFUSED``); present connections stay."""
@@ -82,9 +84,12 @@ class DescriptorGuard:
         """Count if there is a reason to, and act on it."""
         came = self._arrivals()
         if self.shut:
-            self._set(shut=open_descriptors() >= self.limit * OPEN_AGAIN)
-        elif came:
-            self._set(shut=open_descriptors() > self.limit)
+            if open_descriptors() < self.limit * OPEN_AGAIN:
+                self.shut = not all(each.open() for each in self._entrances)
+        elif came and open_descriptors() > self.limit:
+            self.shut = True
+            for each in self._entrances:
+                each.shut()
 
     def _arrivals(self) -> bool:
         came = False
@@ -92,16 +97,6 @@ class DescriptorGuard:
             while self.monitor.recv_multipart(zmq.DONTWAIT):
                 came = True
         return came
-
-    def _set(self, *, shut: bool) -> None:
-        if shut == self.shut:
-            return
-        self.shut = shut
-        for entrance in self._entrances:
-            if shut:
-                entrance.shut()
-            else:
-                entrance.open()
 
 
 def open_descriptors() -> int:

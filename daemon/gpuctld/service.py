@@ -11,7 +11,7 @@ import zmq
 
 import gpuctl
 from gpuctl.errors import BadModel
-from gpuctld import catalog
+from gpuctld import catalog, remote
 from gpuctld.catalog import Catalog, Model
 from gpuctld.config import Config
 from gpuctld.controller import About, Controller, ServiceManager
@@ -71,7 +71,7 @@ def build(
     about = About(version=gpuctl.__version__, epoch=secrets.token_hex(8), socket=endpoint)
     return Controller(
         fleet=Fleet(settings, read_catalog(settings), crew),
-        door=Door(context, endpoint),
+        door=Door(context, endpoint, remote.from_config(settings)),
         links=Links(context, {gpu: spec.endpoint for gpu, spec in specs.items()}),
         supervisor=Supervisor(specs, worker),
         store=HostStore(settings.daemon.host_budget),
