@@ -62,7 +62,7 @@ GOOD = "clients = { me = 'rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7' }\n"
         ("listen = '127.0.0.1:5757'\nkey = '{key}'\n", "lists nobody"),
         (
             "listen = '127.0.0.1:5757'\nkey = '{key}'\nclients = { me = 'short' }\n",
-            "tcp.clients.me",
+            "clients.me",
         ),
         ("listen = '127.0.0.1:5757'\nkey = '/nowhere'\n" + GOOD, "/nowhere"),
         ("listen = 'everywhere'\nkey = '{key}'\n" + GOOD, "ADDRESS:PORT"),
