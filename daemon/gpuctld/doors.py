@@ -133,7 +133,7 @@ class Door:
 
     def close(self) -> None:
         """Close the socket and remove its files."""
-        self.socket.disable_monitor()
+        self._guard.close()
         self.socket.close()
         for entrance in self._entrances:
             entrance.close()

@@ -70,15 +70,22 @@ class DescriptorGuard:
     """Shuts the entrances above half of the descriptors, opens them below.
 
     ``monitor`` becomes readable when a connection has come; descriptors are counted then, and on
-    every look while the entrances are shut.
+    every look while the entrances are shut. It holds 1,001 arrivals (libzmq's default queue and
+    one): then libzmq accepts nobody until somebody looks. So a process with 4,096 descriptors or
+    more cannot be outrun however busy it is; one with fewer can, by a storm.
     """
 
     def __init__(self, door: zmq.Socket[Any], entrances: Sequence[Entrance]) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.limit = min(soft // 2, MOST_DESCRIPTORS)
         self.shut = False
-        self.monitor: zmq.Socket[bytes] = door.get_monitor_socket(zmq.Event.ACCEPTED)
+        self._door = door
         self._entrances = entrances
+        arrivals = f"inproc://arrivals-{id(door)}"
+        door.monitor(arrivals, zmq.Event.ACCEPTED)
+        self.monitor: zmq.Socket[bytes] = door.context.socket(zmq.PAIR)
+        self.monitor.set(zmq.RCVHWM, 1)
+        self.monitor.connect(arrivals)
 
     def look(self) -> None:
         """Count if there is a reason to, and act on it."""
@@ -90,6 +97,14 @@ class DescriptorGuard:
             self.shut = True
             for each in self._entrances:
                 each.shut()
+
+    def close(self) -> None:
+        """Shut the entrances for good. libzmq must not wait for us meanwhile, hence the order."""
+        for each in self._entrances:
+            each.shut()
+        self._arrivals()
+        self._door.monitor(None, 0)
+        self.monitor.close(linger=0)
 
     def _arrivals(self) -> bool:
         came = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,8 +91,9 @@ class TcpEntrance:
         return True
 
     def shut(self) -> None:
-        """Stop listening."""
-        self._door.unbind(self._endpoint)
+        """Stop listening, if it does."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._door.unbind(self._endpoint)
 
     def close(self) -> None:
         """End the authenticator."""
