@@ -20,6 +20,7 @@ import zmq
 
 MOST_DESCRIPTORS = 4_096
 """Connections cost memory as well, so a generous limit on descriptors is not used up."""
+ARRIVALS = 64
 OPEN_AGAIN = 0.75
 """Of the limit: a little room, so that the entrances do not flap."""
 
@@ -48,9 +49,10 @@ class IpcEntrance:
 
     def open(self) -> bool:
         """Let connections in again."""
-        if not self._path.samefile(self._live):
-            self._next.hardlink_to(self._live)
-            self._next.replace(self._path)
+        self._next.unlink(missing_ok=True)
+        self._next.hardlink_to(self._live)
+        self._next.replace(self._path)  # does nothing if it is open already
+        self._next.unlink(missing_ok=True)
         return True
 
     def shut(self) -> None:
@@ -100,18 +102,22 @@ class DescriptorGuard:
 
     def close(self) -> None:
         """Shut the entrances for good. libzmq must not wait for us meanwhile, hence the order."""
-        for each in self._entrances:
-            each.shut()
-        self._arrivals()
+        with contextlib.suppress(OSError):  # somebody may have removed the folder
+            for each in self._entrances:
+                each.shut()
+        while self._arrivals():
+            pass
         self._door.monitor(None, 0)
         self.monitor.close(linger=0)
 
     def _arrivals(self) -> bool:
-        came = False
+        """Whether connections have come; takes a few only, so that a storm is counted as well."""
+        came = 0
         with contextlib.suppress(zmq.Again):
-            while self.monitor.recv_multipart(zmq.DONTWAIT):
-                came = True
-        return came
+            while came < ARRIVALS:
+                self.monitor.recv_multipart(zmq.DONTWAIT)
+                came += 1
+        return came > 0
 
 
 def open_descriptors() -> int:
