@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 import zmq
 import zmq.asyncio
 
-from gpuctl import protocol
+from gpuctl import keys, protocol
 from gpuctl.conversation import SILENCE_S, Conversation, OnEvent, Reply, no_daemon
-from gpuctl.errors import GpuctlError, Timeout
+from gpuctl.errors import BadConfig, GpuctlError, Timeout
 from gpuctl.jobs import Job, pictures
 from gpuctl.paths import default_socket
 from gpuctl.protocol import Request
@@ -203,9 +203,10 @@ class AsyncClient:
     async def _connect(self) -> None:
         socket = self._context.socket(zmq.DEALER)
         socket.set(zmq.LINGER, 0)
-        socket.connect(self.endpoint)
         hello = Conversation(protocol.Ping())
         try:
+            keys.secure(socket, self.endpoint)
+            socket.connect(self.endpoint)
             async with asyncio.timeout(PING_S):
                 await socket.send_multipart(hello.frames())
                 while hello.reply is None:
@@ -213,6 +214,9 @@ class AsyncClient:
         except TimeoutError:
             socket.close()
             raise no_daemon(self.endpoint) from None
+        except BadConfig:
+            socket.close()
+            raise
         self._socket, self._epoch = socket, hello.reply["epoch"]
 
     def _disconnect(self) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import zmq
 
-from gpuctl import protocol
+from gpuctl import keys, protocol
 from gpuctl.conversation import SILENCE_S, Conversation, OnEvent, Reply, no_daemon
-from gpuctl.errors import GpuctlError, Timeout
+from gpuctl.errors import BadConfig, GpuctlError, Timeout
 from gpuctl.jobs import Job, pictures
 from gpuctl.paths import default_socket
 from gpuctl.protocol import Request
@@ -293,7 +293,12 @@ class Client:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDTIMEO, int(PING_S * 1000))
-        self._socket.connect(self.endpoint)
+        try:
+            keys.secure(self._socket, self.endpoint)
+            self._socket.connect(self.endpoint)
+        except BadConfig:
+            self.close()
+            raise
         hello = Conversation(protocol.Ping())
         self._send(hello.frames())
         deadline = time.monotonic() + PING_S

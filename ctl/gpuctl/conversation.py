@@ -14,7 +14,7 @@ import attrs
 
 from gpuctl import errors, protocol
 from gpuctl.errors import NoDaemon, WorkerLost
-from gpuctl.paths import permitted
+from gpuctl.paths import holder, permitted
 from gpuctl.protocol import Request
 
 SILENCE_S = 6.0
@@ -85,7 +85,14 @@ class Conversation:
 
 def no_daemon(endpoint: str) -> NoDaemon:
     """Nobody answers, or only to others."""
+    if endpoint.startswith("tcp://"):
+        hint = "is it up, is GPUCTL_SERVER_KEY its key, and is yours in its [tcp.clients]?"
+        return NoDaemon(f"no gpuctld answers on {endpoint}", hint)
     if not permitted(endpoint):
         hint = "the system service is for members of group gpuctl; join it and log in again"
         return NoDaemon(f"no permission to use {endpoint}", hint)
+    pid = holder(endpoint)
+    if pid is not None:
+        hint = f"pid {pid} serves it but is starting, stopping, stopped or out of descriptors"
+        return NoDaemon(f"no gpuctld answers on {endpoint}", hint)
     return NoDaemon(f"no gpuctld answers on {endpoint}", "start it: gpuctl serve")

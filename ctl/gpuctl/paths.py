@@ -37,6 +37,19 @@ def permitted(endpoint: str) -> bool:
         return False
 
 
+def holder(endpoint: str) -> int | None:
+    """The daemon that has noted itself in the socket's lock file, if that process lives.
+
+    Asking for the lock itself could make a daemon that starts at this moment give up.
+    """
+    lock = Path(endpoint.removeprefix("ipc://")).with_suffix(".lock")
+    try:
+        pid = int(lock.read_text())
+    except (OSError, ValueError):
+        return None
+    return pid if Path(f"/proc/{pid}").exists() else None
+
+
 def user_socket(environ: Mapping[str, str] = os.environ) -> Path:
     """The socket of a daemon that this user runs."""
     runtime = environ.get("XDG_RUNTIME_DIR") or f"/tmp/gpuctl-{os.getuid()}"  # noqa: S108

@@ -18,7 +18,7 @@ import attrs
 import gpuctl
 from gpuctl.errors import BadConfig, GpuctlError
 from gpuctl.paths import default_socket
-from gpuctld import catalog, config, devices, doors, forkserver, lock, logs
+from gpuctld import catalog, config, devices, doors, entrances, forkserver, lock, logs, remote
 from gpuctld.config import Config
 from gpuctld.devices import Device
 from gpuctld.fleet.events import Reconfigured
@@ -83,6 +83,7 @@ def _configuration(options: argparse.Namespace) -> tuple[Config, list[Device]]:
     daemon = attrs.evolve(settings.daemon, **overrides)
     settings = settings.with_daemon(daemon)
     catalog.from_config(settings)
+    remote.from_config(settings)
     gpus = devices.visible_gpus(devices.installed_gpus(), os.environ)
     return settings, devices.resolve(settings.daemon.devices, gpus)
 
@@ -98,6 +99,7 @@ def serve(options: argparse.Namespace, settings: Config, crew: list[Device]) -> 
     if path is None:
         raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
     doors.private_directory(path.parent, 0o750)
+    entrances.raise_limit()
     with lock.acquire(path.with_suffix(".lock")), _private_directory(options) as private:
         _serve(options, settings, crew, endpoint, private)
 

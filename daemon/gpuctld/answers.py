@@ -39,8 +39,7 @@ class _Pending:
 @attrs.frozen
 class _Settled:
     digest: bytes
-    reply: dict[str, Any]
-    blobs: Sequence[Any]
+    frames: Sequence[Any]
     size: int
     at: float
 
@@ -55,8 +54,8 @@ class Answers:
 
     def admit(
         self, id_: str, body: bytes, caller: Caller, *, progress: bool
-    ) -> tuple[dict[str, Any], Sequence[Any]] | bool:
-        """What to do with a request: run it (``True``), nothing (``False``), or this answer.
+    ) -> Sequence[Any] | bool:
+        """What to do with a request: run it (``True``), nothing (``False``), or send these frames.
 
         Raises:
             BadRequest: the id was used for another request.
@@ -67,22 +66,21 @@ class Answers:
         if known is not None and known.digest != digest:
             raise BadRequest(f"the id {id_!r} was used for another request", "use a fresh id")
         if settled is not None:
-            return settled.reply, settled.blobs
+            return settled.frames
         if pending is not None:
-            pending.callers.append(caller)
+            if caller not in pending.callers:
+                pending.callers.append(caller)
             return False
         self._pending[id_] = _Pending(digest, [caller], progress)
         return True
 
-    def settle(
-        self, id_: str, reply: dict[str, Any], blobs: Sequence[Any], now: float
-    ) -> list[Caller]:
+    def settle(self, id_: str, frames: Sequence[Any], now: float) -> list[Caller]:
         """Record the answer; the callers that wait for it."""
         pending = self._pending.pop(id_, None)
         if pending is None:
             return []
-        size = sum(len(blob) for blob in blobs)
-        self._settled[id_] = _Settled(pending.digest, reply, blobs, size, now)
+        size = sum(len(frame) for frame in frames)
+        self._settled[id_] = _Settled(pending.digest, frames, size, now)
         self._bytes += size
         self._forget_old(now)
         return pending.callers

@@ -84,6 +84,19 @@ class DaemonConfig:
 
 
 @attrs.frozen(kw_only=True)
+class TcpConfig:
+    """``[tcp]``: clients of other machines.
+
+    ``listen``: ``"ADDRESS:PORT"``; nobody listens without it. ``key``: the daemon's own
+    ``.key_secret`` file. ``clients``: a name and a public key for each who may enter.
+    """
+
+    listen: str | None = None
+    key: str | None = None
+    clients: dict[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
 class DeadlineConfig:
     """``[deadlines]``: how long a worker may take before it is stopped and replaced."""
 
@@ -145,6 +158,7 @@ class Config:
     """The whole file."""
 
     daemon: DaemonConfig = attrs.field(factory=DaemonConfig)
+    tcp: TcpConfig = attrs.field(factory=TcpConfig)
     deadlines: DeadlineConfig = attrs.field(factory=DeadlineConfig)
     restart: RestartConfig = attrs.field(factory=RestartConfig)
     models: dict[str, ModelConfig] = attrs.field(factory=dict)

@@ -128,7 +128,7 @@ class Controller:
     def _wait(self) -> set[Any]:
         poller = zmq.Poller()
         for source in (
-            self.door.socket,
+            *self.door.sources,
             self.signals.descriptor,
             *self.links.sockets(),
             *self.supervisor.descriptors(),
@@ -181,8 +181,8 @@ class Controller:
         verdict = self.answers.admit(
             request.id, body, caller, progress=getattr(request, "progress", False)
         )
-        if isinstance(verdict, tuple):
-            self._reply_to(incoming, *verdict)
+        if not isinstance(verdict, bool):
+            self.door.send(incoming.client, verdict, delimited=incoming.delimited)
         elif verdict and isinstance(request, Subscribe):
             self._subscribe(request, caller)
         elif verdict and not self._cancel_subscription(request):
@@ -201,9 +201,8 @@ class Controller:
         reply = {**report.reply(id_, ""), "ok": False, "error": wrong.to_map()}
         self._reply_to(incoming, reply)
 
-    def _reply_to(self, incoming: Incoming, reply: dict[str, Any], blobs: Any = ()) -> None:
-        frames = protocol.encode(reply, blobs)
-        self.door.send(incoming.client, frames, delimited=incoming.delimited)
+    def _reply_to(self, incoming: Incoming, reply: dict[str, Any]) -> None:
+        self.door.send(incoming.client, protocol.encode(reply), delimited=incoming.delimited)
 
     def _take_worker_messages(self, ready: set[Any]) -> None:
         for socket, gpu in self.links.sockets().items():
@@ -295,7 +294,7 @@ class Controller:
 
     def _answer(self, effect: effects.Answer) -> None:
         frames = protocol.encode(effect.reply, effect.blobs)
-        callers = self.answers.settle(effect.id, effect.reply, effect.blobs, time.monotonic())
+        callers = self.answers.settle(effect.id, frames, time.monotonic())
         for caller in callers:
             self.door.send(caller.client, frames, delimited=caller.delimited)
         waiting = self.answers.waiting()
@@ -372,7 +371,7 @@ class Controller:
         if isinstance(request, Ping):
             about = {**attrs.asdict(self.about), "pid": os.getpid(), "uptime_s": uptime}
             return report.reply(request.id, "ping", protocol=protocol.VERSION.decode(), **about)
-        degraded = [self.state_file.problem] if self.state_file.problem else []
+        degraded = [each for each in (self.state_file.problem, self.door.problem) if each]
         daemon = {
             **attrs.asdict(self.about),
             "pid": os.getpid(),

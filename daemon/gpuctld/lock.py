@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import TextIO
 
 from gpuctl.errors import Busy
+
+NOTED_S = 0.5
+"""The holder notes itself right behind taking the lock; until then an earlier one may be noted."""
 
 
 def acquire(path: Path) -> TextIO:
@@ -23,11 +27,21 @@ def acquire(path: Path) -> TextIO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
         file.close()
+        holder = _holder(path)
         raise Busy(f"another gpuctld serves this socket, pid {holder}", f"{path}") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
+
+
+def _holder(path: Path) -> str:
+    """The pid in the file, as soon as it is that of a living process."""
+    deadline = time.monotonic() + NOTED_S
+    while time.monotonic() < deadline:
+        pid = path.read_text().strip()
+        if pid and Path("/proc", pid).exists():
+            return pid
+        time.sleep(0.01)
+    return "unknown"

@@ -11,7 +11,7 @@ import zmq
 
 import gpuctl
 from gpuctl.errors import BadModel
-from gpuctld import catalog, model_folder
+from gpuctld import catalog, model_folder, remote
 from gpuctld.catalog import Catalog, Model
 from gpuctld.config import Config
 from gpuctld.controller import About, Controller, ServiceManager
@@ -75,7 +75,7 @@ def build(  # noqa: PLR0913  the one place that knows all parts
     about = About(version=gpuctl.__version__, epoch=secrets.token_hex(8), socket=endpoint)
     return Controller(
         fleet=Fleet(settings, read_catalog(settings), crew),
-        door=Door(context, endpoint),
+        door=Door(context, endpoint, remote.from_config(settings)),
         links=Links(context, {gpu: spec.endpoint for gpu, spec in specs.items()}),
         supervisor=Supervisor(specs, worker, connect),
         store=HostStore(settings.daemon.host_budget),

@@ -38,7 +38,10 @@ image_guidance_scale = {IMAGE_GUIDANCE}
 
 
 class Daemon:
-    """``gpuctld`` on ``workers`` devices. ``module``: what to run, ours or one with faults."""
+    """``gpuctld`` on ``workers`` devices.
+
+    ``module``: what to run, ours or one with faults. ``under``: a command that starts it.
+    """
 
     def __init__(
         self,
@@ -48,13 +51,14 @@ class Daemon:
         more: str = "",
         module: str = "gpuctld",
         device: str = "cpu",
+        under: tuple[str, ...] = (),
     ) -> None:
         self.home = home
         self.endpoint = f"ipc://{home}/gpuctl.sock"
         self.config = home / "config.toml"
         self.config.write_text(CONFIG.format(home=home) + more)
         self.inject()
-        self._command = [sys.executable, "-m", module, "--config", str(self.config)]
+        self._command = [*under, sys.executable, "-m", module, "--config", str(self.config)]
         self._command += ["--socket", self.endpoint, "--devices", ",".join([device] * workers)]
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "lora": "lora",
     "serve": "daemon",
     "config": "daemon",
+    "keys": "keys",
     "completion": "daemon",
 }
 ALIASES = {"ps": "status", "sleep": "unload", "wake": "reload"}
