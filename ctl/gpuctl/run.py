@@ -13,11 +13,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from gpuctl import render
 from gpuctl.client import Client
+from gpuctl.conversation import Reply
 from gpuctl.errors import GpuctlError
 from gpuctl.protocol import LeaseAcquire, LeaseRelease
 
@@ -36,8 +38,8 @@ def hand_over(client: Client, command: list[str], acquire: LeaseAcquire) -> int:
         GpuctlError: the lease could not be had; the command was not started.
     """
     _refuse_missing(command[0])
+    granted = _acquire(client, acquire)
     with _postponed_signals() as caught:
-        granted = client.ask(acquire)
         _tell(render.summary(granted.fields))
         try:
             visible = granted["cuda_visible_devices"] if acquire.gpus is not None else None
@@ -56,21 +58,40 @@ def _refuse_missing(program: str) -> None:
     raise SystemExit(NOT_EXECUTABLE if there else NOT_FOUND)
 
 
+class _Interrupted(KeyboardInterrupt):
+    """A signal while we stand in line; the client takes its request back, as after ^C."""
+
+
+def _acquire(client: Client, acquire: LeaseAcquire) -> Reply:
+    """The lease; a signal before it is granted ends us, and what was begun is undone."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise _Interrupted(number)
+
+    try:
+        with _handled_by(interrupt):
+            return client.ask(acquire)
+    except _Interrupted as stopped:
+        _tell("interrupted; the command was not started")
+        raise SystemExit(128 + stopped.args[0]) from None
+
+
 @contextlib.contextmanager
 def _postponed_signals() -> Iterator[list[int]]:
     """Signals must not end us between the unload and the reload: note them, pass them on."""
     caught: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        caught.append(number)
-
-    before = {number: signal.signal(number, note) for number in PASSED_ON}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, note)
-    try:
+    with _handled_by(lambda number, _: caught.append(number)):
         yield caught
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (*PASSED_ON, signal.SIGINT)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _run(command: list[str], visible: str | None) -> int:
@@ -107,4 +128,5 @@ def _give_back(client: Client, lease: str) -> None:
 
 
 def _tell(line: str) -> None:
-    sys.stderr.write(f"gpuctl: {line}\n")
+    with contextlib.suppress(OSError):  # the terminal may be gone, the GPUs come back all the same
+        sys.stderr.write(f"gpuctl: {line}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import time
 import pytest
 
 from gpuctl import GpuctlError
+from tests.integration.daemon import CLI
 
+ROUNDS = 20
 PROMPT = "a small green star on a white background"
 
 
@@ -40,7 +43,7 @@ def test_the_command_has_stdin_stdout_and_free_gpus(daemon):
 def test_rounds_leave_the_images_as_they_were(daemon):
     client = daemon.client()
     [before] = client.generate("shapes", PROMPT, seed=5)
-    for _ in range(5):
+    for _ in range(ROUNDS):
         daemon.cli("run", "--", "true")
     [after] = client.generate("shapes", PROMPT, seed=5)
     assert before.tobytes() == after.tobytes()
@@ -126,3 +129,87 @@ def test_a_lease_is_released_by_its_id_and_a_strange_one_is_refused(daemon):
     daemon.cli("lease", "release", "nope", check=2)
     daemon.cli("lease", "release", held)
     assert daemon.states() == ["loaded", "loaded"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_a_lease_and_the_command_never_runs(daemon, tmp_path, number):
+    with daemon.client().lease() as first:
+        mark = tmp_path / "ran"
+        process = daemon.popen("run", "--wait", "60s", "--", "touch", str(mark))
+        daemon.wait_for(lambda status: len(status["leases"]) == 2)
+        process.send_signal(number)
+        assert process.wait(5) == 128 + number
+        daemon.wait_for(lambda status: [x["id"] for x in status["leases"]] == [first["id"]])
+    assert not mark.exists()
+    assert daemon.states() == ["loaded", "loaded"]
+
+
+def _in_terminal(daemon, *words):
+    """The command in a terminal of its own: its pid and our end of the terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.execvpe(CLI[0], [*CLI, *words], daemon.environ)
+    return pid, terminal
+
+
+def _read_until(terminal, word):
+    seen = b""
+    deadline = time.monotonic() + 20
+    while word not in seen and time.monotonic() < deadline:
+        seen += os.read(terminal, 4096)
+    assert word in seen
+    return seen
+
+
+def test_the_command_has_the_terminal_and_control_c_reaches_it(daemon):
+    code = "import sys, time; print('tty', sys.stdin.isatty(), flush=True); time.sleep(60)"
+    pid, terminal = _in_terminal(daemon, "run", "--", sys.executable, "-c", code)
+    _read_until(terminal, b"tty True")
+    os.write(terminal, b"\x03")
+    _read_until(terminal, b"KeyboardInterrupt")
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert daemon.states() == ["loaded", "loaded"]
+
+
+def test_a_closed_terminal_ends_the_command_and_the_models_come_back(daemon):
+    pid, terminal = _in_terminal(daemon, "run", "--", "sleep", "60")
+    daemon.wait_for(_lease_held)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert daemon.wait_for(lambda status: not status["leases"])
+    assert daemon.states() == ["loaded", "loaded"]
+
+
+def _moved_since(daemon, words, check):
+    """Events of moves, leases and workers while a wrong command is given."""
+    client = daemon.client()
+    before = client.status()
+    daemon.cli(*words, check=check)
+    after = client.status()
+    return [
+        name for name in ("leases", "jobs", "operations", "models") if before[name] != after[name]
+    ] + [
+        worker["gpu"]
+        for old, worker in zip(before["workers"], after["workers"], strict=True)
+        if (old["pid"], old["state"], old["models"])
+        != (worker["pid"], worker["state"], worker["models"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "check"),
+    [
+        (["run", "--gpu", "7", "--", "true"], 8),
+        (["run", "--need", "900TiB", "--", "true"], 5),
+        (["run", "--", "no-such-command"], 127),
+        (["run", "--", "/etc/passwd"], 126),
+        (["lease", "release", "no-such-lease"], 2),
+        (["lease", "renew", "no-such-lease"], 2),
+    ],
+)
+def test_wrong_use_is_told_and_moves_nothing(daemon, words, check):
+    assert _moved_since(daemon, words, check) == []

@@ -11,6 +11,7 @@ from typing import Any
 from gpuctl.errors import (
     BadRequest,
     Busy,
+    Cancelled,
     DeviceMemory,
     GpuctlError,
     Leased,
@@ -26,6 +27,9 @@ from gpuctld.messages import Probe
 
 REMOTE_TTL_S = 15.0
 RELOAD_WAIT_S = 30.0
+
+PROBE_ANSWER_S = 5.0
+"""For a worker to say what its device has free, or to come back and say it."""
 
 
 def acquire(fleet: FleetState, event: Requested, now: float) -> None:
@@ -106,8 +110,8 @@ def _shared(one: Lease, other: Lease) -> int:
 def advance(fleet: FleetState, now: float) -> None:
     """Begin the leases that are first in line on all their GPUs; expire those that waited."""
     for lease in list(fleet.leases.values()):
-        if lease.state is LeaseState.PROBING and now >= lease.probe_at:
-            _probe(fleet, lease, now)
+        if lease.state is LeaseState.PROBING:
+            _keep_probing(fleet, lease, now)
         if lease.state is not LeaseState.WAITING:
             continue
         if _ahead(fleet, lease) is None:
@@ -157,11 +161,12 @@ def operation_ended(fleet: FleetState, operation: Operation, now: float) -> None
 def _unloaded(fleet: FleetState, lease: Lease, operation: Operation, now: float) -> None:
     lease.unload_rows = [step.row for step in operation.steps if step.row is not None]
     error = report.summary_error(lease.unload_rows)
-    if error is not None:
-        _give_up(fleet, lease, error, now)
-    elif lease.ended_because:  # its holder died while the GPUs were being emptied
+    if lease.ended_because:  # its holder died or let go while the GPUs were being emptied
         end(fleet, lease, now, RELOAD_WAIT_S)
+    elif error is not None:
+        _give_up(fleet, lease, error, now)
     elif lease.need_bytes:
+        lease.probing_since = now
         _probe(fleet, lease, now)
     else:
         _hold(fleet, lease, now)
@@ -171,9 +176,29 @@ def _probe(fleet: FleetState, lease: Lease, now: float) -> None:
     """Ask the driver whether what the holder needs is really free."""
     lease.state = LeaseState.PROBING
     lease.probes = {}
+    _ask_silent(fleet, lease, now)
+
+
+def _ask_silent(fleet: FleetState, lease: Lease, now: float) -> None:
     lease.probe_at = now + moves.REPROBE_S
     for gpu in lease.gpus:
-        fleet.emit(Send(gpu, Probe(task=lease.id)))
+        if gpu not in lease.probes and fleet.workers[gpu].up:
+            fleet.emit(Send(gpu, Probe(task=lease.id)))
+
+
+def _keep_probing(fleet: FleetState, lease: Lease, now: float) -> None:
+    """Ask again; give up on a worker that does not come back."""
+    silent = [gpu for gpu in lease.gpus if gpu not in lease.probes]
+    patience = max(lease.wait_until, lease.probing_since + PROBE_ANSWER_S)
+    if silent and now >= min(patience, lease.deadline):
+        worker = fleet.workers[silent[0]]
+        why = f"gpu {worker.gpu} cannot say what is free: its worker is {worker.state}"
+        error = Timeout(why, "ask without --need, or see gpuctl status")
+        _give_up(fleet, lease, error.to_map(), now)
+    elif now >= lease.probe_at and silent:
+        _ask_silent(fleet, lease, now)
+    elif now >= lease.probe_at:
+        _probe(fleet, lease, now)
 
 
 def probed(fleet: FleetState, lease_id: str, gpu: int, probe: dict[str, Any], now: float) -> None:
@@ -198,7 +223,7 @@ def probed(fleet: FleetState, lease_id: str, gpu: int, probe: dict[str, Any], no
 def _give_up(fleet: FleetState, lease: Lease, error: dict[str, Any], now: float) -> None:
     lease.ended_because = error["message"]
     reply = _reply(lease.id, "lease_acquire", lease, now, workers=lease.unload_rows)
-    fleet.emit(Answer(lease.id, {**reply, "ok": False, "error": error}))
+    _answer(fleet, lease, {**reply, "ok": False, "error": error})
     end(fleet, lease, now, RELOAD_WAIT_S)
 
 
@@ -209,13 +234,24 @@ def _hold(fleet: FleetState, lease: Lease, now: float) -> None:
     visible = ",".join(device.uuid for device in names if device.is_cuda)
     _publish(fleet, lease)
     fields = {"workers": lease.unload_rows, "cuda_visible_devices": visible}
-    fleet.emit(Answer(lease.id, _reply(lease.id, "lease_acquire", lease, now, **fields)))
+    _answer(fleet, lease, _reply(lease.id, "lease_acquire", lease, now, **fields))
+
+
+def _answer(fleet: FleetState, lease: Lease, reply: dict[str, Any]) -> None:
+    """Who asked for the lease hears once whether they have it."""
+    if not lease.answered:
+        lease.answered = True
+        fleet.emit(Answer(lease.id, reply))
 
 
 def _refuse(fleet: FleetState, lease: Lease, error: GpuctlError) -> None:
     _forget(fleet, lease)
+    _answer_refusal(fleet, lease, error)
+
+
+def _answer_refusal(fleet: FleetState, lease: Lease, error: GpuctlError) -> None:
     reply = report.reply(lease.id, "lease_acquire", workers=[], duration_s=0.0)
-    fleet.emit(Answer(lease.id, {**reply, "ok": False, "error": error.to_map()}))
+    _answer(fleet, lease, {**reply, "ok": False, "error": error.to_map()})
 
 
 # --- ending ---------------------------------------------------------------------------------
@@ -226,7 +262,7 @@ def release(fleet: FleetState, event: Requested, now: float) -> None:
 
     Raises:
         BadRequest: no such lease, or another user's without ``force``.
-        Busy: it is not held yet, or is being ended.
+        Busy: it is being ended already.
     """
     request: LeaseRelease = event.request
     lease = _find(fleet, request.lease)
@@ -238,12 +274,22 @@ def release(fleet: FleetState, event: Requested, now: float) -> None:
         _refuse(fleet, lease, Busy("released while it waited"))
         fleet.emit(Answer(request.id, _reply(request.id, "lease_release", lease, now, workers=[])))
         return
-    if lease.state is not LeaseState.HELD:
+    if lease.state is LeaseState.RELOADING:
         raise Busy(f"lease {lease.id} is {lease.state}")
     lease.release_request = request.id
     if not request.reload:
         lease.restore = {}
-    end(fleet, lease, now, request.wait_s)
+    _let_go(fleet, lease, Busy("released before it was granted"), now, request.wait_s)
+
+
+def _let_go(
+    fleet: FleetState, lease: Lease, why: GpuctlError, now: float, wait_s: float = RELOAD_WAIT_S
+) -> None:
+    """End it from any state but waiting; an unload under way is waited for first."""
+    _answer_refusal(fleet, lease, why)
+    lease.ended_because = lease.ended_because or why.message
+    if lease.state in {LeaseState.HELD, LeaseState.PROBING}:
+        end(fleet, lease, now, wait_s)
 
 
 def _find(fleet: FleetState, lease_id: str) -> Lease:
@@ -295,14 +341,18 @@ def _forget(fleet: FleetState, lease: Lease) -> None:
 
 def holder_died(fleet: FleetState, lease_id: str, now: float) -> None:
     """The process that took the lease is gone; its GPUs come back."""
+    withdraw(fleet, lease_id, Cancelled("its holder ended"), now)
+
+
+def withdraw(fleet: FleetState, lease_id: str, why: GpuctlError, now: float) -> None:
+    """Nobody wants the lease any more, in whatever state it is."""
     lease = fleet.leases.get(lease_id)
     if lease is None or lease.state is LeaseState.RELOADING:
         return
-    lease.ended_because = "its holder ended"
     if lease.state is LeaseState.WAITING:
-        _forget(fleet, lease)
-    elif lease.state in {LeaseState.HELD, LeaseState.PROBING}:
-        end(fleet, lease, now, RELOAD_WAIT_S)
+        _refuse(fleet, lease, why)
+    else:
+        _let_go(fleet, lease, why, now)
 
 
 def client_gone(fleet: FleetState, client: bytes, now: float) -> None:

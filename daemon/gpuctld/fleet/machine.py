@@ -127,7 +127,7 @@ class Fleet:
             return True
         lease = self.state.leases.get(target)
         if lease is not None:
-            leases.holder_died(self.state, target, now)
+            leases.withdraw(self.state, target, why, now)
             return True
         return moves.cancel(self.state, target, why, now)
 

@@ -98,6 +98,7 @@ class Bench:
         self.tick(seconds)
 
     def die(self, gpu: int, reason: str = "killed by SIGKILL") -> None:
+        self.sent = [(other, command) for other, command in self.sent if other != gpu]
         self.apply(events.Died(gpu, reason))
 
     # --- what the workers do ----------------------------------------------------------------

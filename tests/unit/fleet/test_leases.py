@@ -1,0 +1,314 @@
+"""The life of a lease as histories of events: who gets the GPUs, when, and how they come back."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuctl.protocol import Cancel, LeaseAcquire, LeaseRelease, LeaseRenew, Load
+from gpuctld.fleet import effects, events
+from gpuctld.fleet.events import Peer
+from gpuctld.fleet.leases import PROBE_ANSWER_S, REMOTE_TTL_S
+from gpuctld.messages import Probe, ReloadModel, UnloadModel
+
+GIB = 2**30
+
+
+@pytest.fixture
+def loaded(bench):
+    bench.ask(Load(model="flux"))
+    bench.work()
+    return bench
+
+
+def acquire(bench, pid=7, **options):
+    """Ask for a lease; its id."""
+    return bench.ask(LeaseAcquire(**options), client=str(pid).encode(), pid=pid)
+
+
+def held(bench, **options):
+    """A lease that is in force."""
+    lease = acquire(bench, **options)
+    bench.work()
+    assert bench.reply(lease)["ok"]
+    return lease
+
+
+def state(bench, lease):
+    found = bench.fleet.state.leases.get(lease)
+    return None if found is None else str(found.state)
+
+
+def died(bench, lease):
+    bench.apply(events.HolderDied(lease))
+
+
+def code(bench, request):
+    return bench.reply(request)["error"]["code"]
+
+
+# --- standing in line -------------------------------------------------------------------------
+
+
+def test_clients_get_the_gpus_in_the_order_in_which_they_asked(loaded):
+    first = held(loaded, pid=1)
+    others = [acquire(loaded, pid=pid, wait_s=60) for pid in (2, 3, 4)]
+    order = []
+    current = first
+    for _ in others:
+        assert [state(loaded, lease) for lease in others if lease not in order].count("held") == 0
+        died(loaded, current)
+        loaded.work()
+        current = next(lease for lease in others if state(loaded, lease) == "held")
+        order.append(current)
+    assert order == others
+
+
+def test_a_lease_on_other_gpus_does_not_wait(loaded):
+    held(loaded, pid=1, gpus=[0])
+    second = acquire(loaded, pid=2, gpus=[1])
+    loaded.work()
+    assert state(loaded, second) == "held"
+
+
+def test_overlapping_sets_keep_their_order(make_bench):
+    bench = make_bench(3).all_up()
+    first = held(bench, pid=1, gpus=[0, 1])
+    second = acquire(bench, pid=2, gpus=[1, 2], wait_s=60)
+    third = acquire(bench, pid=3, gpus=[2], wait_s=60)
+    bench.work()
+    assert [state(bench, each) for each in (second, third)] == ["waiting"] * 2
+    died(bench, first)
+    bench.work()
+    assert [state(bench, each) for each in (second, third)] == ["held", "waiting"]
+
+
+def test_who_does_not_wait_is_told_who_has_it(loaded):
+    held(loaded, pid=1, command="python score.py")
+    second = acquire(loaded, pid=2)
+    assert code(loaded, second) == "leased"
+    assert "python score.py" in loaded.reply(second)["error"]["message"]
+
+
+def test_who_waited_long_enough_is_told(loaded):
+    held(loaded, pid=1)
+    second = acquire(loaded, pid=2, wait_s=5)
+    loaded.wait(6)
+    assert code(loaded, second) == "timeout"
+    assert state(loaded, second) is None
+
+
+def test_more_than_the_card_has_is_refused_and_nothing_moves(loaded):
+    lease = acquire(loaded, need_bytes=81 * GIB)
+    assert code(loaded, lease) == "device_memory"
+    assert not loaded.take(UnloadModel)
+    assert loaded.states() == ["loaded"] * 2
+
+
+@pytest.mark.parametrize("gpus", [[7], [0, 7]])
+def test_an_unknown_gpu_is_refused_and_nothing_moves(loaded, gpus):
+    lease = acquire(loaded, gpus=gpus)
+    assert code(loaded, lease) == "unknown_gpu"
+    assert not loaded.take(UnloadModel)
+
+
+# --- memory that must be free -----------------------------------------------------------------
+
+
+def test_it_begins_when_the_driver_shows_the_memory(loaded):
+    loaded.free = {0: 30 * GIB, 1: 80 * GIB}
+    lease = acquire(loaded, need_bytes=40 * GIB, wait_s=10)
+    loaded.work()
+    assert state(loaded, lease) == "probing"
+    loaded.free[0] = 50 * GIB
+    loaded.wait(1)
+    loaded.work()
+    assert state(loaded, lease) == "held"
+
+
+def test_memory_that_never_gets_free_ends_it_with_who_holds_it(loaded):
+    loaded.free[0] = 30 * GIB
+    loaded.foreign[0] = [{"pid": 99, "name": "trainer", "bytes": 50 * GIB}]
+    lease = acquire(loaded, need_bytes=40 * GIB)
+    loaded.work()
+    assert code(loaded, lease) == "device_memory"
+    assert "pid 99 trainer" in loaded.reply(lease)["error"]["message"]
+    loaded.work()
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_a_worker_that_does_not_come_back_does_not_hold_it_for_ever(loaded):
+    lease = acquire(loaded, need_bytes=GIB)
+    for gpu, command in loaded.take(UnloadModel):
+        loaded.finish(gpu, command)
+    loaded.die(1)
+    loaded.answer_probes()
+    loaded.wait(PROBE_ANSWER_S + 1)
+    assert code(loaded, lease) == "timeout"
+    assert "gpu 1" in loaded.reply(lease)["error"]["message"]
+
+
+def test_a_worker_that_comes_back_in_time_is_asked(loaded):
+    lease = acquire(loaded, need_bytes=GIB, wait_s=60)
+    for gpu, command in loaded.take(UnloadModel):
+        loaded.finish(gpu, command)
+    loaded.die(1)
+    loaded.answer_probes()
+    loaded.wait(2)
+    loaded.take(Probe)
+    loaded.hello(1)
+    loaded.wait(1)
+    loaded.work()
+    assert state(loaded, lease) == "held"
+
+
+# --- letting go -------------------------------------------------------------------------------
+
+
+def test_a_release_brings_back_what_was_loaded(loaded):
+    lease = held(loaded)
+    released = loaded.ask(LeaseRelease(lease=lease))
+    loaded.work()
+    assert loaded.reply(released)["ok"]
+    assert loaded.states() == ["loaded"] * 2
+    assert state(loaded, lease) is None
+
+
+def test_a_release_while_the_gpus_are_emptied_takes_effect_after_it(loaded):
+    lease = acquire(loaded)
+    unloads = loaded.take(UnloadModel)
+    released = loaded.ask(LeaseRelease(lease=lease))
+    assert code(loaded, lease) == "busy"
+    for gpu, command in unloads:
+        loaded.finish(gpu, command)
+    loaded.work()
+    assert loaded.reply(released)["ok"]
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_a_release_while_it_waits_for_memory(loaded):
+    loaded.free[0] = 30 * GIB
+    lease = acquire(loaded, need_bytes=40 * GIB, wait_s=60)
+    loaded.work()
+    released = loaded.ask(LeaseRelease(lease=lease))
+    loaded.work()
+    assert code(loaded, lease) == "busy"
+    assert loaded.reply(released)["ok"]
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_a_second_release_is_told_that_it_ends_already(loaded):
+    lease = held(loaded)
+    loaded.ask(LeaseRelease(lease=lease))
+    second = loaded.ask(LeaseRelease(lease=lease))
+    assert code(loaded, second) == "busy"
+
+
+def test_a_stranger_needs_force(loaded):
+    lease = held(loaded)
+    stranger = Peer(pid=9, uid=2000)
+    request = LeaseRelease(lease=lease)
+    loaded.apply(events.Requested(request=request, client=b"s", peer=stranger, blobs=()))
+    assert code(loaded, request.id) == "bad_request"
+    assert state(loaded, lease) == "held"
+    forced = LeaseRelease(lease=lease, force=True)
+    loaded.apply(events.Requested(request=forced, client=b"s", peer=stranger, blobs=()))
+    loaded.work()
+    assert loaded.reply(forced.id)["ok"]
+
+
+def test_cancelling_the_request_withdraws_the_lease_with_an_answer(loaded):
+    held(loaded, pid=1)
+    second = acquire(loaded, pid=2, wait_s=60)
+    loaded.ask(Cancel(target=second))
+    assert code(loaded, second) == "cancelled"
+    assert state(loaded, second) is None
+
+
+def test_a_cancel_that_crosses_the_grant_gives_the_gpus_back(loaded):
+    lease = held(loaded)
+    loaded.ask(Cancel(target=lease))
+    loaded.work()
+    assert loaded.states() == ["loaded"] * 2
+    assert state(loaded, lease) is None
+
+
+# --- holders that end -------------------------------------------------------------------------
+
+
+def test_a_holder_that_dies_while_it_waits_leaves_the_line(loaded):
+    held(loaded, pid=1)
+    second = acquire(loaded, pid=2, wait_s=60)
+    died(loaded, second)
+    assert state(loaded, second) is None
+
+
+def test_a_holder_that_dies_while_the_gpus_are_emptied_gets_them_reloaded(loaded):
+    lease = acquire(loaded)
+    unloads = loaded.take(UnloadModel)
+    died(loaded, lease)
+    for gpu, command in unloads:
+        loaded.finish(gpu, command)
+    loaded.work()
+    assert loaded.states() == ["loaded"] * 2
+    assert state(loaded, lease) is None
+
+
+def test_after_a_death_the_models_wait_for_the_other_programs_memory(loaded):
+    lease = held(loaded)
+    loaded.free = dict.fromkeys(loaded.free, GIB)
+    loaded.foreign = {gpu: [{"pid": 99, "name": "child", "bytes": 70 * GIB}] for gpu in (0, 1)}
+    died(loaded, lease)
+    loaded.answer_probes()
+    assert not loaded.take(ReloadModel)
+    loaded.free = dict.fromkeys(loaded.free, 80 * GIB)
+    loaded.wait(1)
+    loaded.work()
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_memory_that_stays_taken_leaves_every_model_parked_with_the_reason(loaded):
+    lease = held(loaded)
+    loaded.free[0] = GIB
+    loaded.foreign[0] = [{"pid": 99, "name": "child", "bytes": 70 * GIB}]
+    died(loaded, lease)
+    for _ in range(40):
+        loaded.answer_probes()
+        loaded.wait(1)
+    loaded.work()
+    assert loaded.states() == ["parked"] * 2, "never half of them"
+    error = loaded.fleet.state.workers[0].holding("flux").error
+    assert "pid 99 child" in error["message"]
+    assert state(loaded, lease) is None
+
+
+def test_a_worker_that_dies_under_a_lease_does_not_end_it(loaded):
+    lease = held(loaded)
+    loaded.die(0)
+    loaded.wait(2)
+    loaded.hello(0)
+    loaded.work()
+    assert state(loaded, lease) == "held"
+    assert loaded.state(0) != "loaded"
+
+
+# --- time to live -----------------------------------------------------------------------------
+
+
+def test_a_holder_without_a_pid_must_renew(loaded):
+    lease = held(loaded, pid=0)
+    loaded.wait(REMOTE_TTL_S - 1)
+    loaded.ask(LeaseRenew(lease=lease))
+    loaded.wait(REMOTE_TTL_S - 1)
+    assert state(loaded, lease) == "held"
+    loaded.wait(2)
+    loaded.work()
+    assert state(loaded, lease) is None
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_a_holder_with_a_pid_is_watched_instead(loaded):
+    lease = acquire(loaded, pid=7)
+    assert effects.WatchProcess(lease, 7) in loaded.effects
+    loaded.work()
+    loaded.wait(10 * REMOTE_TTL_S)
+    assert state(loaded, lease) == "held"
