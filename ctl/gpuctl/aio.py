@@ -142,12 +142,23 @@ class AsyncClient:
 
     @asynccontextmanager
     async def lease(self, **options: Any) -> AsyncIterator[dict[str, Any]]:
-        """Have GPUs to oneself; models leave before the body and are back after it."""
+        """Have GPUs to oneself; models leave before the body and are back after it.
+
+        A lease with a time to live is renewed meanwhile.
+        """
         lease = (await self.ask(protocol.LeaseAcquire(**options)))["lease"]
+        renewal = asyncio.create_task(self._renew(lease))
         try:
             yield lease
         finally:
+            renewal.cancel()
             await self.ask(protocol.LeaseRelease(lease=lease["id"]))
+
+    async def _renew(self, lease: dict[str, Any]) -> None:
+        while lease["ttl_s"] is not None:
+            await asyncio.sleep(lease["ttl_s"] / 3)
+            with suppress(GpuctlError):  # the next one may get through
+                await self.ask(protocol.LeaseRenew(lease=lease["id"]))
 
     @asynccontextmanager
     async def unloaded(self, **options: Any) -> AsyncIterator[dict[str, Any]]:

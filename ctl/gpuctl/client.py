@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import zmq
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SLICE_MS = 200
 PING_S = 3.0
 IN_FLIGHT = 32
+RENEWAL_TIMEOUT_S = 4.0
 
 
 class Client:
@@ -123,14 +125,36 @@ class Client:
     def lease(self, **options: Any) -> Iterator[dict[str, Any]]:
         """Have GPUs to oneself: models leave before the body and are back after it.
 
-        The models come back also when the body raises. Options are those of
-        :class:`gpuctl.protocol.LeaseAcquire`; yields the lease.
+        The models come back also when the body raises. A lease with a time to live is renewed
+        meanwhile. Options are those of :class:`gpuctl.protocol.LeaseAcquire`; yields the lease.
         """
         lease = self.ask(protocol.LeaseAcquire(**options))["lease"]
         try:
-            yield lease
+            with self.renewed(lease):
+                yield lease
         finally:
             self.ask(protocol.LeaseRelease(lease=lease["id"]))
+
+    @contextmanager
+    def renewed(self, lease: dict[str, Any]) -> Iterator[None]:
+        """Keep a lease from running out, on a thread and a connection of their own."""
+        if lease["ttl_s"] is None:
+            yield
+            return
+        ended = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(lease, ended), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _renew(self, lease: dict[str, Any], ended: threading.Event) -> None:
+        with Client(self.endpoint, RENEWAL_TIMEOUT_S) as other:
+            while not ended.wait(lease["ttl_s"] / 3):
+                with suppress(GpuctlError):  # the next one may get through
+                    other.ask(protocol.LeaseRenew(lease=lease["id"]))
 
     @contextmanager
     def unloaded(self, **options: Any) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,8 @@ def hand_over(client: Client, command: list[str], acquire: LeaseAcquire) -> int:
         _tell(render.summary(granted.fields))
         try:
             visible = granted["cuda_visible_devices"] if acquire.gpus is not None else None
-            status = 128 + caught[0] if caught else _run(command, visible)
+            with client.renewed(granted["lease"]):
+                status = 128 + caught[0] if caught else _run(command, visible)
         finally:
             _give_back(client, granted["lease"]["id"])
     return status

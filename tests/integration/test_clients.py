@@ -186,3 +186,21 @@ def test_the_example_loop_runs(daemon):
     )
     assert done.returncode == 0, done.stderr
     assert "without the model" in done.stdout
+
+
+def test_a_lease_with_a_time_to_live_is_renewed_while_its_body_runs(daemon):
+    with daemon.client().lease(ttl_s=0.6) as lease:
+        time.sleep(1.5)
+        assert [each["id"] for each in daemon.client().status()["leases"]] == [lease["id"]]
+    assert not daemon.client().status()["leases"]
+
+
+def test_the_asyncio_client_renews_its_lease(daemon):
+    async def hold():
+        async with AsyncClient(daemon.endpoint) as client, client.lease(ttl_s=0.6) as lease:
+            await asyncio.sleep(1.5)
+            held = (await client.status())["leases"]
+            assert [each["id"] for each in held] == [lease["id"]]
+
+    asyncio.run(hold())
+    assert not daemon.client().status()["leases"]
