@@ -47,6 +47,7 @@ test-gpu: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/broadcast.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/handover.py
 	$(BIN)/python benchmarks/shapes_speed.py
 
 clean:

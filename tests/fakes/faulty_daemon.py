@@ -3,6 +3,8 @@
 ``python -m tests.fakes.faulty_daemon ...`` takes the arguments of ``gpuctld``. Before each
 command a worker reads the JSON file that $GPUCTL_TEST_FAULTS names: a list of
 ``{"command": "UnloadModel", "gpu": 1, "delay_s": 2, "raise": "...", "die": true, "stop": true}``.
+``{"crowd": {"pid": 7, "name": "trainer", "bytes": 18000000}, "total": 20000000}`` has every device
+look as if it had ``total`` bytes and another process held some of them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from gpuctld import __main__ as program
 from gpuctld.supervisor import WorkerSpec
+from gpuctld.weights.gauge import CpuGauge
 from gpuctld.worker import main as worker_main
 
 
@@ -45,7 +48,27 @@ class FaultyWorker(worker_main.Worker):
     def _faults(self, command: str) -> list[dict]:
         faults = json.loads(Path(os.environ["GPUCTL_TEST_FAULTS"]).read_text())
         here = {None, self._spec.device.gpu}
-        return [f for f in faults if f["command"] == command and f.get("gpu") in here]
+        return [f for f in faults if f.get("command") == command and f.get("gpu") in here]
+
+
+class CrowdedGauge(CpuGauge):
+    """Shows another program's memory where the faults say so."""
+
+    def memory(self) -> dict[str, int]:
+        crowd = _crowd()
+        if crowd is None:
+            return super().memory()
+        total, used = crowd["total"], crowd["crowd"]["bytes"]
+        return {"total": total, "used": used, "free": total - used}
+
+    def foreign(self) -> list[dict]:
+        crowd = _crowd()
+        return [crowd["crowd"]] if crowd else []
+
+
+def _crowd() -> dict | None:
+    faults = json.loads(Path(os.environ["GPUCTL_TEST_FAULTS"]).read_text())
+    return next((fault for fault in faults if "crowd" in fault), None)
 
 
 def _raiser(message: str):
@@ -58,6 +81,7 @@ def _raiser(message: str):
 def faulty_main(spec: WorkerSpec, channel: socket.socket) -> None:
     """Entry point of a worker."""
     worker_main.Worker = FaultyWorker
+    worker_main.weights.gauge = lambda device, uuid: CrowdedGauge()
     worker_main.main(spec, channel)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks import broadcast, latency
+from benchmarks import broadcast, handover, latency
 
 
 def test_a_broadcast_of_slow_workers_beats_the_sequence():
@@ -24,3 +24,12 @@ def test_status_answers_at_once_while_all_workers_generate(daemon):
         times = latency.status_times(daemon, 200)
     daemon.client().reload()
     assert statistics.median(times) < 0.010
+
+
+def test_handing_the_gpus_over_costs_little_beside_the_moves(daemon):
+    rounds = handover.measure(daemon, 5, on_gpus=False)
+    on_top = [
+        each["before_s"] + each["after_s"] - each["unload_s"] - each["reload_s"] for each in rounds
+    ]
+    starts = [each["gpuctl_start_s"] + each["program_start_s"] for each in rounds]
+    assert statistics.median(on_top) - statistics.median(starts) < 0.150

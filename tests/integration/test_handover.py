@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import time
 import pytest
 
 from gpuctl import GpuctlError
-from tests.integration.daemon import CLI
+from gpuctl.protocol import LeaseAcquire, LeaseRelease
+from tests.integration.daemon import CLI, FAULTY
 
 ROUNDS = 20
+KILLS = 100
+SEED = 20261123
 PROMPT = "a small green star on a white background"
 
 
@@ -63,16 +67,43 @@ def test_signals_reach_the_command_and_the_models_come_back(daemon, number):
     assert daemon.states() == ["loaded", "loaded"]
 
 
-@pytest.mark.parametrize("attempt", range(10))
-def test_a_killed_client_gives_the_gpus_back_within_a_second(daemon, attempt):
-    process = daemon.popen("run", "--", "sleep", "60", stderr=subprocess.DEVNULL)
-    if attempt % 2:
-        daemon.wait_for(_lease_held)
-    time.sleep(0.03 * attempt)
-    process.kill()
-    process.wait()
-    daemon.wait_for(lambda status: not status["leases"], 1.0)
-    assert daemon.states() == ["loaded", "loaded"]
+@pytest.mark.timeout(240)
+def test_kills_at_random_moments_lose_no_model_and_leave_nothing(daemon, tmp_path):
+    dice = random.Random(SEED)
+    mark = tmp_path / "command"
+    for attempt in range(KILLS):
+        mark.unlink(missing_ok=True)
+        script = f"echo $$ > {mark}.new; mv {mark}.new {mark}; exec sleep 60"
+        client = daemon.popen("run", "--", "sh", "-c", script, stderr=subprocess.DEVNULL)
+        victims = dice.choice(["client", "command", "both"])
+        if victims == "client":
+            time.sleep(dice.uniform(0, 0.6))
+        else:
+            _kill_command(mark)
+        if victims != "command":
+            client.kill()
+        client.wait(10)
+        context = f"seed {SEED}, attempt {attempt}, {victims}"
+        daemon.wait_for(lambda status: not status["leases"], 1.0)
+        assert daemon.states() == ["loaded", "loaded"], context
+        assert not mark.exists() or _gone(int(mark.read_text())), context
+
+
+def _kill_command(mark) -> None:
+    deadline = time.monotonic() + 10
+    while not mark.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(int(mark.read_text()), signal.SIGKILL)
+
+
+def _gone(pid: int) -> bool:
+    deadline = time.monotonic() + 2
+    while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def test_the_command_dies_with_its_client(daemon, tmp_path):
@@ -213,3 +244,27 @@ def _moved_since(daemon, words, check):
 )
 def test_wrong_use_is_told_and_moves_nothing(daemon, words, check):
     assert _moved_since(daemon, words, check) == []
+
+
+def test_a_program_that_keeps_the_memory_is_named_and_outlasted(own_daemon):
+    daemon = own_daemon(2, module=FAULTY)
+    client = daemon.client()
+    client.load("shapes")
+    keeper = subprocess.Popen(["sleep", "60"])
+    crowd = {"pid": keeper.pid, "name": "sleep", "bytes": 18_000_000}
+    lease = client.ask(LeaseAcquire())["lease"]
+    daemon.inject({"crowd": crowd, "total": 20_000_000})
+    with pytest.raises(GpuctlError, match=f"pid {keeper.pid} sleep") as refused:
+        client.ask(LeaseRelease(lease=lease["id"], wait_s=0.5))
+    assert refused.value.code == "device_memory"
+    assert daemon.states() == ["parked", "parked"], "never half of them"
+    told = daemon.cli("reload", check=5)
+    assert f"pid {keeper.pid} sleep (17 MiB)" in told.stderr + told.stdout
+    waiting = daemon.popen("reload", "--wait", "30s", stdout=subprocess.DEVNULL)
+    time.sleep(1.0)
+    assert waiting.poll() is None
+    keeper.kill()
+    keeper.wait()
+    daemon.inject()
+    assert waiting.wait(10) == 0
+    assert daemon.states() == ["loaded", "loaded"]
