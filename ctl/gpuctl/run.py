@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -24,6 +25,9 @@ from gpuctl.errors import GpuctlError
 from gpuctl.protocol import LeaseAcquire, LeaseRelease
 
 NOT_STARTED = 125
+"""Instead of 1, which may as well be the command's own."""
+
+UNSPECIFIC = GpuctlError.exit_status
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -75,6 +79,11 @@ def _acquire(client: Client, acquire: LeaseAcquire) -> Reply:
     except _Interrupted as stopped:
         _tell("interrupted; the command was not started")
         raise SystemExit(128 + stopped.args[0]) from None
+    except GpuctlError as error:
+        if error.exit_status == UNSPECIFIC:
+            _tell(f"{error.message}; the command was not started")
+            raise SystemExit(NOT_STARTED) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -104,7 +113,7 @@ def _run(command: list[str], visible: str | None) -> int:
         child = subprocess.Popen(command, env=environ, preexec_fn=_die_with_gpuctl)  # noqa: PLW1509, S603
     except OSError as failed:
         _tell(f"{command[0]}: {failed.strerror}")
-        return NOT_EXECUTABLE
+        return NOT_EXECUTABLE if failed.errno in {errno.EACCES, errno.ENOEXEC} else NOT_STARTED
     for number in PASSED_ON:
         signal.signal(number, lambda n, _: child.send_signal(n))
     status = child.wait()

@@ -268,3 +268,16 @@ def test_a_program_that_keeps_the_memory_is_named_and_outlasted(own_daemon):
     daemon.inject()
     assert waiting.wait(10) == 0
     assert daemon.states() == ["loaded", "loaded"]
+
+
+def test_what_fails_before_the_start_is_told_apart_from_the_command(own_daemon, tmp_path):
+    daemon = own_daemon(1, module=FAULTY)
+    daemon.client().load("shapes")
+    daemon.inject({"command": "UnloadModel", "raise": "it broke"})
+    mark = tmp_path / "ran"
+    done = daemon.cli("run", "--", "touch", str(mark), check=125)
+    assert "it broke; the command was not started" in done.stderr
+    assert not mark.exists()
+    daemon.inject()
+    assert daemon.wait_for(lambda status: not status["leases"])
+    assert daemon.states() == ["loaded"]

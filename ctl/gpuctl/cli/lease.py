@@ -42,6 +42,9 @@ def run_command(ctx: click.Context, /, command: tuple[str, ...], **options: Any)
         gpuctl run --gpu 0,1 --need 30GiB -- python score.py
 
     Leaves with the command's own status.
+
+    Ends with COMMAND's own status; 126 or 127 if it cannot be run or found; as other commands do
+    if the GPUs cannot be had; 125 if anything else fails before the start.
     """
     ctx.exit(hand_over(connect(ctx), list(command), _acquire(options, " ".join(command))))
 
