@@ -48,11 +48,11 @@ def _become_daemon(arguments: list[str]) -> None:
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    r"""Print the completion script for SHELL.
+    """Print the completion script for SHELL.
 
     \b
         gpuctl completion bash > ~/.local/share/bash-completion/completions/gpuctl
-    """
+    """  # noqa: D301  click knows \b as the sign for text as it stands
     from click.shell_completion import get_completion_class  # noqa: PLC0415
 
     from gpuctl.cli.app import gpuctl  # noqa: PLC0415  the group imports us

@@ -36,16 +36,14 @@ queue_option = click.option(
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def run_command(ctx: click.Context, /, command: tuple[str, ...], **options: Any) -> None:
-    r"""Unload the models, run COMMAND with the GPUs to itself, load them again.
+    """Unload the models, run COMMAND with the GPUs to itself, load them again.
 
     \b
         gpuctl run --gpu 0,1 --need 30GiB -- python score.py
 
-    Leaves with the command's own status.
-
     Ends with COMMAND's own status; 126 or 127 if it cannot be run or found; as other commands do
     if the GPUs cannot be had; 125 if anything else fails before the start.
-    """
+    """  # noqa: D301  click knows \b as the sign for text as it stands
     ctx.exit(hand_over(connect(ctx), list(command), _acquire(options, " ".join(command))))
 
 
