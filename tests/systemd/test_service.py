@@ -1,6 +1,7 @@
 """The service under a real systemd: the promises of the unit, one by one."""
 
 import json
+import statistics
 import time
 
 import pytest
@@ -193,27 +194,35 @@ while sys.stdin.readline():
 
 
 def test_killed_it_comes_back_as_it_was(service):
+    """Three times, so that a busy machine's worst moment does not decide."""
     gpuctl(service, "load", "tiny")
-    before, main_pid = processes(service), service.unit()["MainPID"]
     with service.popen(PYTHON, "-c", WATCH, user="member") as watch:
-        loaded_within(watch, 10)
-        kill(service, "KILL")
-        wait_for(lambda: not before & processes(service) - {fork_server(service)}, 0.5)
-        seconds = loaded_within(watch, RESTART_S + 2)
+        seconds_until_loaded(watch)
+        taken = [killed(service, watch) for _ in range(3)]
         watch.stdin.close()
-    assert seconds > RESTART_S
+    assert min(taken) > RESTART_S
+    assert statistics.median(taken) < RESTART_S + 2, taken
+
+
+def killed(service, watch):
+    """Kill the controller; seconds until its models are back, and nothing else is left."""
+    service.run("systemctl", "reset-failed", "gpuctld")  # these do not count as a crash loop
+    before, main_pid = processes(service), service.unit()["MainPID"]
+    kill(service, "KILL")
+    began = time.monotonic()
+    wait_for(lambda: not before & processes(service) - {fork_server(service)}, 0.5)
+    seconds_until_loaded(watch)
     assert service.unit()["MainPID"] not in {main_pid, "0"}
+    return time.monotonic() - began
 
 
-def loaded_within(watch, timeout_s):
-    """Seconds until both workers hold the model."""
+def seconds_until_loaded(watch):
+    """Wait until both workers hold the model; how long that took."""
     began = time.monotonic()
     watch.stdin.write("again\n")
     watch.stdin.flush()
     assert watch.stdout.readline() == "loaded\n"
-    seconds = time.monotonic() - began
-    assert seconds < timeout_s
-    return seconds
+    return time.monotonic() - began
 
 
 def fork_server(machine):
