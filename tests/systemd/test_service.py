@@ -1,11 +1,15 @@
 """The service under a real systemd: the promises of the unit, one by one."""
 
 import json
+import re
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 from tests.systemd.machine import MODELS, PYTHON, SOURCE
+
+HANDBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 
 pytestmark = [pytest.mark.systemd, pytest.mark.slow]
 
@@ -318,6 +322,16 @@ def test_reload_refuses_a_wrong_file_and_keeps_the_old_one(service):
     assert any("models" in entry["MESSAGE"] for entry in errors)
     assert service.unit()["MainPID"] == main_pid
     assert names(service) == ["tiny"]
+
+
+def test_the_handbooks_filters_find_what_they_promise(service):
+    for words in re.findall(r"`journalctl ([^`]+)`", HANDBOOK):
+        found = service.run("sh", "-c", f"journalctl {words.replace('-f', '')} --no-pager -o cat")
+        assert found.returncode == 0
+    started = service.run("journalctl", "-u", "gpuctld", "GPUCTL_EVENT=worker_started", "-o", "cat")
+    lines = started.stdout.splitlines()
+    assert lines
+    assert all("worker_started" in line for line in lines)
 
 
 def test_a_user_runs_a_daemon_of_their_own(installed):
