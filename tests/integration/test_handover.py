@@ -17,7 +17,7 @@ from gpuctl.protocol import LeaseAcquire, LeaseRelease
 from tests.integration.daemon import CLI, FAULTY
 
 ROUNDS = 20
-KILLS = 100
+KILLS = int(os.environ.get("GPUCTL_TEST_KILLS", "50"))
 SEED = 20261123
 PROMPT = "a small green star on a white background"
 
