@@ -42,7 +42,11 @@ def holder(endpoint: str) -> int | None:
 
     Asking for the lock itself could make a daemon that starts at this moment give up.
     """
-    lock = Path(endpoint.removeprefix("ipc://")).with_suffix(".lock")
+    return noted(Path(endpoint.removeprefix("ipc://")).with_suffix(".lock"))
+
+
+def noted(lock: Path) -> int | None:
+    """The process that a lock file names, if it lives."""
     try:
         pid = int(lock.read_text())
     except (OSError, ValueError):

@@ -26,10 +26,9 @@ from gpuctl.protocol import LeaseAcquire, LeaseRelease
 
 NOT_STARTED = 125
 """Instead of 1, which may as well be the command's own."""
-
-UNSPECIFIC = GpuctlError.exit_status
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
+UNSPECIFIC = GpuctlError.exit_status
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)

@@ -116,7 +116,7 @@ class Controller:
         self._take_signals()
         self._take_requests()
         self._take_worker_messages(ready)
-        self._take_deaths(ready)
+        self._take_process_news(ready)
         self._inbox.append(events.Tick())
         self._settle()
         self._say_alive()
@@ -210,7 +210,7 @@ class Controller:
                 for message, blobs in self.links.receive(gpu):
                     self._inbox.append(events.Heard(gpu, message, blobs))
 
-    def _take_deaths(self, ready: set[Any]) -> None:
+    def _take_process_news(self, ready: set[Any]) -> None:
         for news in self.supervisor.news():
             if isinstance(news, events.Died):
                 self._bury(news)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gpuctl.errors import Busy
+from gpuctl.paths import noted
 
 NOTED_S = 0.5
 """The holder notes itself right behind taking the lock; until then an earlier one may be noted."""
@@ -40,8 +41,8 @@ def _holder(path: Path) -> str:
     """The pid in the file, as soon as it is that of a living process."""
     deadline = time.monotonic() + NOTED_S
     while time.monotonic() < deadline:
-        pid = path.read_text().strip()
-        if pid and Path("/proc", pid).exists():
-            return pid
+        pid = noted(path)
+        if pid is not None:
+            return str(pid)
         time.sleep(0.01)
     return "unknown"

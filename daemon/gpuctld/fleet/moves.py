@@ -346,7 +346,7 @@ def _send_if_due(
     worker = fleet.workers[step.gpu]
     if operation.fail_fast and any(other.failed for other in operation.steps):
         _end(fleet, step, now, Busy("not tried: another worker failed before (--fail-fast)"))
-    elif worker.state is WorkerState.FAILED or not _has_process(worker):
+    elif not _has_process(worker):
         _end_without_process(fleet, worker, step, now)
     elif worker.idle and step.suspend:
         _send_suspend(fleet, worker, step, now)

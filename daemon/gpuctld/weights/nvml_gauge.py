@@ -41,7 +41,7 @@ class NvmlGauge:
         command = [sys.executable, "-m", "gpuctld.nvml", self._uuid]
         end = theirs.fileno()
         self._helper = subprocess.Popen(command, stdin=end, stdout=end)  # noqa: S603
-        self._late = 0
+        self._late = False
         theirs.close()
 
     @property
@@ -71,19 +71,17 @@ class NvmlGauge:
         return self._samples[what]
 
     def _is_free(self) -> bool:
-        """Whether every answer that was late has come meanwhile."""
-        while self._late and self._read(0.0) is not None:
-            self._late -= 1
-        return self._late == 0
+        """Whether nothing is asked: the helper gets one question at a time."""
+        self._late = self._late and self._read(0.0) is None
+        return not self._late
 
     def _put(self, what: str) -> None:
         self._channel.send(f"{what}\n".encode())
         answer = self._read(PATIENCE_S)
-        if answer is None:
-            self._late += 1
-            return
-        self._samples[what] = answer
-        self._sampled_at = time.monotonic()
+        self._late = answer is None
+        if answer is not None:
+            self._samples[what] = answer
+            self._sampled_at = time.monotonic()
 
     def _read(self, seconds: float) -> Any:
         """The next answer, or ``None`` if there is none within that time."""
