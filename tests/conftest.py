@@ -5,6 +5,18 @@ import os
 import pytest
 
 
+def silent(done, total):
+    """A progress callback that nobody watches."""
+
+
+@pytest.fixture
+def descriptor():
+    """An anonymous file for a host copy."""
+    made = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    yield made
+    os.close(made)
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_developers_own(monkeypatch):
     """A GPUCTL_SOCKET of somebody's shell must not lead a test to their daemon."""

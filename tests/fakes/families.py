@@ -16,7 +16,6 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
-    AutoencoderKL,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
@@ -38,7 +37,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -48,7 +46,6 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
@@ -64,7 +61,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-WIDTH = 32
+from tests.fakes.tiny_models import WIDTH, text_encoder, unet, vae
+
 WORDS = 40
 SIDE = 32
 """Of pictures, in pixels."""
@@ -107,34 +105,20 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _clip(cls: type = CLIPTextModel) -> Any:
-    return cls(
-        CLIPTextConfig(
-            vocab_size=WORDS,
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    )
+    return text_encoder(WORDS, cls)
+
+
+def _t5_sizes() -> dict[str, int]:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": WIDTH}
+    return {"vocab_size": WORDS, "num_layers": 1, "num_heads": 2, **sizes}
 
 
 def _t5() -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=WORDS, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2
-    )
-    return T5EncoderModel(config)
+    return T5EncoderModel(T5Config(**_t5_sizes()))
 
 
 def _umt5() -> UMT5EncoderModel:
-    config = UMT5Config(
-        vocab_size=WORDS, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2
-    )
-    return UMT5EncoderModel(config)
+    return UMT5EncoderModel(UMT5Config(**_t5_sizes()))
 
 
 def _decoder_sizes() -> dict[str, int]:
@@ -172,33 +156,8 @@ def _qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
     )
 
 
-def _vae(latent_channels: int = 4, **more: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        sample_size=SIDE,
-        latent_channels=latent_channels,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        **more,
-    )
-
-
 def _video_vae(cls: type) -> Any:
     return cls(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-
-
-def _unet(**more: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=SIDE // 8,
-        block_out_channels=(WIDTH, WIDTH),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **more,
-    )
 
 
 def _hidden(encoder: Any, tokens: int = 16) -> torch.Tensor:
@@ -233,8 +192,8 @@ def stable_diffusion() -> Pipeline:
     return StableDiffusionPipeline(
         tokenizer=_tokenizer(),
         text_encoder=_clip(),
-        unet=_unet(cross_attention_dim=WIDTH),
-        vae=_vae(),
+        unet=unet(),
+        vae=vae(),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -248,7 +207,7 @@ def _stable_diffusion_inputs(pipeline: Pipeline) -> Inputs:
 
 
 def sdxl() -> Pipeline:
-    unet = _unet(
+    network = unet(
         cross_attention_dim=2 * WIDTH,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -260,8 +219,8 @@ def sdxl() -> Pipeline:
         tokenizer_2=_tokenizer(),
         text_encoder=_clip(),
         text_encoder_2=_clip(CLIPTextModelWithProjection),
-        unet=unet,
-        vae=_vae(),
+        unet=network,
+        vae=vae(),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
     )
 
@@ -296,7 +255,7 @@ def sd3() -> Pipeline:
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(shift_factor=0.06, scaling_factor=1.5),
+        vae=vae(shift_factor=0.06, scaling_factor=1.5),
         text_encoder=_clip(CLIPTextModelWithProjection),
         text_encoder_2=_clip(CLIPTextModelWithProjection),
         text_encoder_3=_t5(),
@@ -331,7 +290,7 @@ def _flux(cls: type) -> Pipeline:
     )
     return cls(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(shift_factor=0.1, scaling_factor=0.4),
+        vae=vae(shift_factor=0.1, scaling_factor=0.4),
         text_encoder=_clip(),
         tokenizer=_tokenizer(),
         text_encoder_2=_t5(),
@@ -398,7 +357,7 @@ def z_image() -> Pipeline:
     )
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(16, shift_factor=0.1, scaling_factor=0.4),
+        vae=vae(latent_channels=16, shift_factor=0.1, scaling_factor=0.4),
         text_encoder=_qwen3(),
         tokenizer=_tokenizer(),
         transformer=transformer,
@@ -424,7 +383,7 @@ def pixart() -> Pipeline:
     return PixArtAlphaPipeline(
         tokenizer=_tokenizer(),
         text_encoder=_t5(),
-        vae=_vae(),
+        vae=vae(),
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(),
     )
@@ -513,7 +472,7 @@ def aura_flow() -> Pipeline:
     return AuraFlowPipeline(
         tokenizer=_tokenizer(),
         text_encoder=_umt5(),
-        vae=_vae(),
+        vae=vae(),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
@@ -536,7 +495,7 @@ def lumina() -> Pipeline:
     return Lumina2Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(shift_factor=0.1),
+        vae=vae(shift_factor=0.1),
         text_encoder=_gemma(),
         tokenizer=_tokenizer(),
     )

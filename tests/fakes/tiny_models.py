@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -42,12 +43,13 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return made
 
 
-def text_encoder(words: int = len(WORDS)) -> CLIPTextModel:
-    return CLIPTextModel(
+def text_encoder(words: int = len(WORDS), cls: type = CLIPTextModel) -> Any:
+    return cls(
         CLIPTextConfig(
             vocab_size=words,
             hidden_size=WIDTH,
             intermediate_size=WIDTH,
+            projection_dim=WIDTH,
             num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=16,
@@ -58,20 +60,20 @@ def text_encoder(words: int = len(WORDS)) -> CLIPTextModel:
     )
 
 
-def unet() -> UNet2DConditionModel:
+def unet(**more: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(WIDTH, WIDTH),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
         attention_head_dim=8,
         norm_num_groups=8,
+        **{"cross_attention_dim": WIDTH, **more},
     )
 
 
-def vae() -> AutoencoderKL:
+def vae(**more: Any) -> AutoencoderKL:
     blocks = 4
     return AutoencoderKL(
         sample_size=64,
@@ -79,4 +81,5 @@ def vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
         norm_num_groups=8,
+        **more,
     )

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from gpuctld import weights
 from gpuctld.weights import ModelSource
+from tests.conftest import silent
 from tests.fakes.tiny_models import tiny_stable_diffusion
 
 DEVICE = torch.device("cuda:0")
@@ -20,10 +19,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
-def silent(done, total):
-    """A progress callback that nobody watches."""
-
-
 @pytest.fixture(scope="session")
 def gauge():
     uuid = f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
@@ -34,13 +29,6 @@ def gauge():
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     return tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture
-def descriptor():
-    made = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    yield made
-    os.close(made)
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ WORKER = """
 import sys, torch
 from gpuctld import weights
 from tests.gpu import graphs
-from tests.gpu.conftest import DEVICE, silent
+from tests.conftest import silent
+from tests.gpu.conftest import DEVICE
 
 _, resident = graphs.attached(graphs.linear(8192), DEVICE, weights.gauge(torch.device("cpu"), ""))
 context = weights.context(DEVICE)

@@ -10,12 +10,11 @@ import time
 import pynvml
 import pytest
 
-from tests.integration.daemon import Daemon, states
+from tests.integration.daemon import Daemon, states, worker_states
 
 pytestmark = pytest.mark.gpu
 
 MIB = 2**20
-PROMPT = "a large red circle on white"
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +31,19 @@ def used():
     return pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used
 
 
-def draw(daemon, gpu):
-    [image] = daemon.client().generate("shapes", PROMPT, seed=5, options={"gpu": gpu})
-    return image.tobytes()
-
-
 @pytest.mark.parametrize("fanout", [True, False])
 def test_seeded_images_are_equal_over_cycles_and_on_both_workers(daemon, fanout):
     client = daemon.client()
-    expected = draw(daemon, 0)
+    expected = daemon.draw(0)
     for _ in range(3):
         client.unload()
         client.reload(fanout=fanout, verify=True)
-        assert draw(daemon, 0) == draw(daemon, 1) == expected
+        assert daemon.draw(0) == daemon.draw(1) == expected
 
 
 def test_suspend_gives_the_contexts_back_and_reload_wakes_them(daemon):
     client = daemon.client()
-    expected = draw(daemon, 0)
+    expected = daemon.draw(0)
     client.unload()
     parked = used()
     reply = client.unload(suspend=True)
@@ -57,9 +51,9 @@ def test_suspend_gives_the_contexts_back_and_reload_wakes_them(daemon):
     assert min(freed) > 300 * MIB
     assert max(row["residual_bytes"] for row in reply["workers"] if not row["model"]) <= 16 * MIB
     assert parked - used() > 600 * MIB
-    assert [worker["state"] for worker in client.status()["workers"]] == ["suspended"] * 2
+    assert worker_states(client.status()) == ["suspended"] * 2
     client.reload(verify=True)
-    assert draw(daemon, 0) == draw(daemon, 1) == expected
+    assert daemon.draw(0) == daemon.draw(1) == expected
 
 
 def test_a_drop_while_suspended_leaves_it_suspended(daemon):
@@ -68,15 +62,15 @@ def test_a_drop_while_suspended_leaves_it_suspended(daemon):
     base = used()
     client.drop("shapes")
     assert used() <= base + MIB
-    assert [worker["state"] for worker in client.status()["workers"]] == ["suspended"] * 2
+    assert worker_states(client.status()) == ["suspended"] * 2
     client.load("shapes")
-    draw(daemon, 1)
+    daemon.draw(1)
 
 
 def test_a_command_that_takes_nearly_the_whole_card_gets_it_round_after_round(daemon):
     client = daemon.client()
     client.load("shapes")
-    expected = draw(daemon, 0)
+    expected = daemon.draw(0)
     pynvml.nvmlInit()
     total = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total
     need = total - 2048 * MIB
@@ -85,7 +79,7 @@ def test_a_command_that_takes_nearly_the_whole_card_gets_it_round_after_round(da
         words = ["--suspend", "--need", str(need), "--", sys.executable, "-c", program]
         daemon.cli("run", *words)
         assert states(client.status()) == ["loaded"] * 2
-        assert draw(daemon, 0) == expected
+        assert daemon.draw(0) == expected
 
 
 def test_a_worker_killed_while_suspended_comes_back_parked(daemon):
@@ -98,7 +92,7 @@ def test_a_worker_killed_while_suspended_comes_back_parked(daemon):
         lambda s: s["workers"][0]["pid"] not in {0, victim} and states(s)[0] == "parked"
     )
     client.reload(verify=True)
-    draw(daemon, 0)
+    daemon.draw(0)
 
 
 def test_a_stop_while_suspended_is_prompt_and_leaves_nothing(daemon):

@@ -7,8 +7,9 @@ import torch
 
 from gpuctld import weights
 from gpuctld.weights import ModelSource
+from tests.conftest import silent
 from tests.fakes import families
-from tests.gpu.conftest import DEVICE, silent
+from tests.gpu.conftest import DEVICE
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,9 @@ import torch
 from gpuctl.errors import Corrupt, OutOfMemory
 from gpuctld import weights
 from gpuctld.weights.slab import CudaSlab
+from tests.conftest import silent
 from tests.gpu import graphs
-from tests.gpu.conftest import DEVICE, silent
+from tests.gpu.conftest import DEVICE
 
 pytestmark = pytest.mark.gpu
 

@@ -145,10 +145,20 @@ class Daemon:
     def states(self, model: str = "shapes") -> list[str]:
         return states(self.client().status(), model)
 
+    def draw(self, gpu: int, prompt: str = "a large red circle on white") -> bytes:
+        """The pixels of a seeded picture from one worker."""
+        [image] = self.client().generate("shapes", prompt, seed=5, options={"gpu": gpu})
+        return image.tobytes()
+
 
 def _hear_interrupts() -> None:
     """A test run in the background of a shell has inherited that ^C is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def worker_states(status: dict) -> list[str]:
+    """The state of each worker."""
+    return [worker["state"] for worker in status["workers"]]
 
 
 def states(status: dict, model: str = "shapes") -> list[str]:

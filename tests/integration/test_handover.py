@@ -115,10 +115,7 @@ def test_the_command_dies_with_its_client(daemon, tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 2
-    while os.path.exists(f"/proc/{mark.read_text().strip()}"):  # noqa: PTH110
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert _gone(int(mark.read_text()))
 
 
 def test_two_clients_take_turns_or_are_told(daemon):

@@ -7,9 +7,7 @@ import signal
 
 import pytest
 
-from tests.integration.daemon import states
-
-PROMPT = "a large red circle on white"
+from tests.integration.daemon import states, worker_states
 
 
 @pytest.fixture
@@ -20,24 +18,15 @@ def suspended(daemon):
     daemon.client().load("shapes")
 
 
-def worker_states(status):
-    return [worker["state"] for worker in status["workers"]]
-
-
-def draw(daemon, gpu):
-    [image] = daemon.client().generate("shapes", PROMPT, seed=5, options={"gpu": gpu})
-    return image.tobytes()
-
-
 def test_a_reload_wakes_and_the_pictures_are_the_same(daemon):
     client = daemon.client()
-    expected = draw(daemon, 0)
+    expected = daemon.draw(0)
     reply = client.unload(suspend=True)
     assert [row["state"] for row in reply["workers"]] == ["parked"] * 2 + ["suspended"] * 2
     assert worker_states(client.status()) == ["suspended"] * 2
     client.reload(verify=True)
     assert worker_states(client.status()) == ["ready"] * 2
-    assert draw(daemon, 0) == draw(daemon, 1) == expected
+    assert daemon.draw(0) == daemon.draw(1) == expected
 
 
 def test_a_drop_leaves_the_workers_suspended_and_a_load_wakes_them(suspended):
@@ -59,10 +48,10 @@ def test_people_read_it_as_a_move_of_the_context(daemon):
 
 def test_a_command_gets_suspended_gpus_and_the_models_come_back(daemon):
     daemon.client().load("shapes")
-    expected = draw(daemon, 1)
+    expected = daemon.draw(1)
     daemon.cli("run", "--suspend", "--", "true")
     assert states(daemon.client().status()) == ["loaded"] * 2
-    assert draw(daemon, 1) == expected
+    assert daemon.draw(1) == expected
 
 
 def test_a_suspended_worker_that_dies_comes_back_with_its_models_parked(own_daemon):
@@ -76,7 +65,7 @@ def test_a_suspended_worker_that_dies_comes_back_with_its_models_parked(own_daem
     daemon.wait_for(lambda status: status["workers"][0]["pid"] not in {0, victim})
     daemon.wait_for(lambda status: states(status) == ["parked"])
     client.reload()
-    draw(daemon, 0)
+    daemon.draw(0)
 
 
 def test_a_stop_while_suspended_is_clean(own_daemon):

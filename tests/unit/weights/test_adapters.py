@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from tests.conftest import silent
 from tests.fakes import families
 
 from gpuctl.errors import BadModel, BadRequest
@@ -17,10 +16,6 @@ from gpuctld.weights import ModelSource
 
 FAMILY = "StableDiffusion"
 CPU = torch.device("cpu")
-
-
-def silent(done, total):
-    """A progress callback that nobody watches."""
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +38,11 @@ def lora(folders):
 
 
 @pytest.fixture
-def resident(folders):
-    descriptor = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def resident(folders, descriptor):
     source = ModelSource(name="model", path=str(folders / "model"))
     made = weights.load(source, descriptor, CPU, weights.gauge(CPU, ""), silent)
     yield made
     made.drop()
-    os.close(descriptor)
 
 
 def draw(resident):

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from tests.conftest import silent
 from tests.fakes import families
 
 from gpuctld import weights
@@ -15,10 +16,6 @@ from gpuctld.weights import ModelSource
 
 CPU = torch.device("cpu")
 CYCLES = 3
-
-
-def silent(done, total):
-    """A progress callback that nobody watches."""
 
 
 @pytest.fixture(params=families.FAMILIES)
@@ -31,13 +28,6 @@ def source(name, tmp_path):
     torch.manual_seed(0)
     families.FAMILIES[name].build().save_pretrained(tmp_path)
     return ModelSource(name=name, path=str(tmp_path))
-
-
-@pytest.fixture
-def descriptor():
-    made = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    yield made
-    os.close(made)
 
 
 @pytest.fixture
