@@ -21,7 +21,7 @@ from gpuctl.protocol import LeaseAcquire, LeaseRelease, LeaseRenew
 from gpuctl.residency import Tier
 from gpuctld.fleet import moves, placement, report
 from gpuctld.fleet.effects import Answer, Send, UnwatchProcess, WatchProcess
-from gpuctld.fleet.events import Requested
+from gpuctld.fleet.events import Peer, Requested
 from gpuctld.fleet.state import FleetState, Lease, LeaseState, Operation, Purpose, Step, Worker
 from gpuctld.messages import Probe
 
@@ -166,7 +166,6 @@ def _unloaded(fleet: FleetState, lease: Lease, operation: Operation, now: float)
     elif error is not None:
         _give_up(fleet, lease, error, now)
     elif lease.need_bytes:
-        lease.probing_since = now
         _probe(fleet, lease, now)
     else:
         _hold(fleet, lease, now)
@@ -176,6 +175,7 @@ def _probe(fleet: FleetState, lease: Lease, now: float) -> None:
     """Ask the driver whether what the holder needs is really free."""
     lease.state = LeaseState.PROBING
     lease.probes = {}
+    lease.asked_workers_at = now
     _ask_silent(fleet, lease, now)
 
 
@@ -189,7 +189,7 @@ def _ask_silent(fleet: FleetState, lease: Lease, now: float) -> None:
 def _keep_probing(fleet: FleetState, lease: Lease, now: float) -> None:
     """Ask again; give up on a worker that does not come back."""
     silent = [gpu for gpu in lease.gpus if gpu not in lease.probes]
-    patience = max(lease.wait_until, lease.probing_since + PROBE_ANSWER_S)
+    patience = max(lease.wait_until, lease.asked_workers_at + PROBE_ANSWER_S)
     if silent and now >= min(patience, lease.deadline):
         worker = fleet.workers[silent[0]]
         why = f"gpu {worker.gpu} cannot say what is free: its worker is {worker.state}"
@@ -266,10 +266,8 @@ def release(fleet: FleetState, event: Requested, now: float) -> None:
     """
     request: LeaseRelease = event.request
     lease = _find(fleet, request.lease)
-    if event.peer.uid != lease.holder.uid and not request.force:
-        raise BadRequest(
-            f"lease {lease.id} belongs to user {lease.holder.uid}", "--force ends it all the same"
-        )
+    if not request.force:
+        _check_owner(lease, event.peer)
     if lease.state is LeaseState.WAITING:
         _refuse(fleet, lease, Busy("released while it waited"))
         fleet.emit(Answer(request.id, _reply(request.id, "lease_release", lease, now, workers=[])))
@@ -280,6 +278,24 @@ def release(fleet: FleetState, event: Requested, now: float) -> None:
     if not request.reload:
         lease.restore = {}
     _let_go(fleet, lease, Busy("released before it was granted"), now, request.wait_s)
+
+
+def cancel(fleet: FleetState, lease: Lease, peer: Peer, why: GpuctlError, now: float) -> None:
+    """Take the request for a lease back, whatever has become of it.
+
+    Raises:
+        BadRequest: it is another user's.
+    """
+    _check_owner(lease, peer)
+    withdraw(fleet, lease.id, why, now)
+
+
+def _check_owner(lease: Lease, peer: Peer) -> None:
+    if peer.uid != lease.holder.uid:
+        raise BadRequest(
+            f"lease {lease.id} belongs to user {lease.holder.uid}",
+            f"gpuctl lease release --force {lease.id} ends it all the same",
+        )
 
 
 def _let_go(

@@ -118,16 +118,17 @@ class Fleet:
 
     def _cancel(self, event: Requested, now: float) -> None:
         request: Cancel = event.request
-        found = self._cancel_target(request.target, Cancelled("cancelled on request"), now)
+        found = self._cancel_target(event, Cancelled("cancelled on request"), now)
         self.state.emit(Answer(request.id, report.reply(request.id, "cancel", cancelled=found)))
 
-    def _cancel_target(self, target: str, why: GpuctlError, now: float) -> bool:
+    def _cancel_target(self, event: Requested, why: GpuctlError, now: float) -> bool:
+        target: str = event.request.target
         if target in self.state.jobs:
             jobs.cancel(self.state, self.state.jobs[target], why, now)
             return True
         lease = self.state.leases.get(target)
         if lease is not None:
-            leases.withdraw(self.state, target, why, now)
+            leases.cancel(self.state, lease, event.peer, why, now)
             return True
         return moves.cancel(self.state, target, why, now)
 

@@ -182,7 +182,7 @@ class Lease:
     unload_rows: list[dict[str, Any]] = attrs.field(factory=list)
     probes: dict[int, dict[str, Any]] = attrs.field(factory=dict)
     probe_at: float = 0.0
-    probing_since: float = 0.0
+    asked_workers_at: float = 0.0
     answered: bool = False
     release_request: str = ""
     ended_because: str = ""

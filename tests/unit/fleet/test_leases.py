@@ -136,6 +136,18 @@ def test_memory_that_never_gets_free_ends_it_with_who_holds_it(loaded):
     assert loaded.states() == ["loaded"] * 2
 
 
+def test_who_holds_the_memory_is_said_also_when_the_wait_ends_before_the_answer(loaded):
+    loaded.free[0] = 30 * GIB
+    loaded.foreign[0] = [{"pid": 99, "name": "trainer", "bytes": 50 * GIB}]
+    lease = acquire(loaded, need_bytes=40 * GIB, wait_s=10)
+    loaded.work()
+    for _ in range(12):
+        loaded.wait(1)
+        loaded.answer_probes()
+    assert code(loaded, lease) == "device_memory"
+    assert "pid 99 trainer" in loaded.reply(lease)["error"]["message"]
+
+
 def test_a_worker_that_does_not_come_back_does_not_hold_it_for_ever(loaded):
     lease = acquire(loaded, need_bytes=GIB)
     for gpu, command in loaded.take(UnloadModel):
@@ -214,6 +226,20 @@ def test_a_stranger_needs_force(loaded):
     loaded.apply(events.Requested(request=forced, client=b"s", peer=stranger, blobs=()))
     loaded.work()
     assert loaded.reply(forced.id)["ok"]
+
+
+@pytest.mark.parametrize("wait_s", [0, 60])
+def test_a_stranger_cannot_cancel_it(loaded, wait_s):
+    lease = held(loaded)
+    if wait_s:
+        lease = acquire(loaded, pid=8, wait_s=wait_s)
+    before = state(loaded, lease)
+    request = Cancel(target=lease)
+    stranger = Peer(pid=9, uid=2000)
+    loaded.apply(events.Requested(request=request, client=b"s", peer=stranger, blobs=()))
+    assert code(loaded, request.id) == "bad_request"
+    assert state(loaded, lease) == before
+    assert not loaded.take(ReloadModel)
 
 
 def test_cancelling_the_request_withdraws_the_lease_with_an_answer(loaded):
