@@ -92,7 +92,10 @@ def raw(daemon, *frames: bytes, seconds: float = 0.3) -> dict | None:
     socket = context.socket(zmq.DEALER)
     socket.connect(daemon.endpoint)
     socket.send_multipart(frames)
-    answer = msgpack.unpackb(socket.recv_multipart()[1]) if socket.poll(seconds * 1000) else None
+    answer = None
+    while answer is None and socket.poll(seconds * 1000):
+        heard = msgpack.unpackb(socket.recv_multipart()[1])
+        answer = None if "event" in heard else heard  # a word that it still works is no answer
     context.destroy(linger=0)
     return answer
 
