@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pynvml
 import pytest
 
+from gpuctl.errors import GpuctlError
 from tests.integration.daemon import Daemon, states, worker_states
 
 pytestmark = pytest.mark.gpu
 
 MIB = 2**20
+
+KEEPER = """
+import time, torch
+free, _ = torch.cuda.mem_get_info()
+for spare in range(2, 64, 2):
+    try:
+        kept = torch.empty(free - spare * 2**20, dtype=torch.uint8, device="cuda")
+        break
+    except torch.OutOfMemoryError:
+        pass
+print(kept.nbytes, flush=True)
+time.sleep(600)
+"""
+"""A program that takes all that a card has left, says how much, and keeps it."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +96,39 @@ def test_a_command_that_takes_nearly_the_whole_card_gets_it_round_after_round(da
         daemon.cli("run", *words)
         assert states(client.status()) == ["loaded"] * 2
         assert daemon.draw(0) == expected
+
+
+@pytest.fixture
+def programs():
+    """A list of programs that end with the test, however it ends."""
+    made = []
+    yield made
+    for program in made:
+        program.kill()
+        program.wait()
+
+
+def test_a_program_that_keeps_the_card_is_named_and_outlasted(daemon, programs):
+    client = daemon.client()
+    client.load("shapes")
+    expected = daemon.draw(0)
+    client.unload()
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER], stdout=subprocess.PIPE)
+    programs.append(keeper)
+    kept = int(keeper.stdout.readline())
+    total = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total
+    assert kept >= 0.9 * total
+    with pytest.raises(GpuctlError, match=f"pid {keeper.pid} ") as refused:
+        client.reload()
+    assert refused.value.code == "device_memory"
+    assert states(client.status()) == ["parked"] * 2, "never half of them"
+    waiting = daemon.popen("reload", "--wait", "30s", stdout=subprocess.DEVNULL)
+    time.sleep(1.0)
+    assert waiting.poll() is None
+    keeper.kill()
+    keeper.wait()
+    assert waiting.wait(20) == 0
+    assert daemon.draw(0) == daemon.draw(1) == expected
 
 
 def test_a_worker_killed_while_suspended_comes_back_parked(daemon):
