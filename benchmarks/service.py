@@ -51,8 +51,10 @@ def main() -> int:
         child = multiprocessing.get_context("fork").Process(
             target=flux_sized.save, args=(model, options.scale, torch.device("cuda:0"))
         )
+        started = time.monotonic()
         child.start()
         child.join()
+        print(f"written in {time.monotonic() - started:.0f} s", file=sys.stderr)
         text = _about(options.scale, devices) + measure(Path(home), model, devices)
     print(text)
     if options.table:
@@ -95,6 +97,7 @@ def _loads(daemon: Daemon) -> str:
         one.append(client.load(MODEL, gpus=[0])["duration_s"])
         client.drop(MODEL)
         every.append(client.load(MODEL)["duration_s"])
+        print(f"LOAD: one GPU {one[-1]:.2f} s, all {every[-1]:.2f} s", file=sys.stderr)
     ratio = statistics.median(every) / statistics.median(one)
     rows = client.status()["models"]
     size = next(row["host_bytes"] for row in rows if row["model"] == MODEL)

@@ -32,9 +32,6 @@ import pynvml
 from benchmarks import weights_arms, weights_report
 from gpuctld import host_store
 
-SLOW_CYCLES = 1
-"""Per turn, of arms that take half a minute a cycle; there are two turns."""
-
 Sample = dict[str, Any]
 
 
@@ -81,8 +78,8 @@ def together(arms: list[Arm], name: str, each: list[dict[str, Any]] | None = Non
 class Bench:
     """One run; ``found`` collects a list of samples per measurement."""
 
-    def __init__(self, gpus: int, scale: float, cycles: int, home: Path) -> None:
-        self.gpus, self.cycles = gpus, cycles
+    def __init__(self, gpus: int, options: argparse.Namespace, home: Path) -> None:
+        self.gpus, self.cycles, self.others = gpus, options.cycles, options.others
         self._base = _nvml_used()
         self.found: dict[str, list[Any]] = {}
         self._descriptor = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
@@ -92,7 +89,7 @@ class Bench:
             Arm(weights_arms.Slabs, str(gpu), self._descriptor, path)
             for gpu, path in enumerate(self._paths)
         ]
-        self._timed("build", lambda: self._build(scale))
+        self._timed("build", lambda: self._build(options.scale))
 
     def _build(self, scale: float) -> None:
         self.layout = self.ours[0].call("build", scale=scale)
@@ -144,7 +141,7 @@ class Bench:
         return {"token": str(self._token), "rank": rank, "paths": self._paths}
 
     def _turns(self, other: str) -> None:
-        """Ours, the other, the other, ours."""
+        """Ours, the other as often as it shall, ours."""
         if other == "module_processes" and self.gpus == 1:
             return  # one process with one thread either way
         if other == "saver" and importlib.util.find_spec("torch_memory_saver") is None:
@@ -154,10 +151,10 @@ class Bench:
         arms = self._start(other)
         if other != "saver":
             together(arms, "reload")
-        for _ in range(2 * SLOW_CYCLES):
+        for _ in range(self.others):
             self._note(f"{other}_unload", together(arms, "unload"))
             self._note(f"{other}_reload", together(arms, "reload"))
-        if other == "module_threads" and self.gpus == 1:
+        if len(arms) == self.gpus and other.startswith("module"):
             self._checkpoint(arms)
         for arm in arms:
             arm.end()
@@ -177,7 +174,7 @@ class Bench:
         return [Arm(weights_arms.ModuleTo, gpus, *arguments) for gpus in groups]
 
     def _checkpoint(self, arms: list[Arm]) -> None:
-        """The driver's checkpoint of a process that has everything on its GPU."""
+        """The driver's checkpoint of processes that have everything on their GPU."""
         for _ in range(2):
             self._note("checkpoint_unload", together(arms, "suspend"))
             self._note("checkpoint_reload", together(arms, "wake"))
@@ -219,6 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of layers")
     parser.add_argument("--cycles", type=int, default=10, help="of ours, per arm it is compared to")
+    parser.add_argument("--others", type=int, default=2, help="cycles of each other arm")
     parser.add_argument("--out", type=Path, default=Path("bench-output"))
     parser.add_argument("--table", type=Path, help="write the table as Markdown")
     options = parser.parse_args()
@@ -226,7 +224,7 @@ def main() -> int:
     gpus = pynvml.nvmlDeviceGetCount()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home:
-        bench = Bench(gpus, options.scale, options.cycles, Path(home))
+        bench = Bench(gpus, options, Path(home))
         results = {"about": _about(gpus, options, bench.layout), "found": bench.found}
         try:
             bench.run()
@@ -244,7 +242,8 @@ def _about(gpus: int, options: argparse.Namespace, layout: dict[str, Any]) -> di
         "host": f"{gpus} x {pynvml.nvmlDeviceGetName(handle)}, {os.cpu_count()} cores, "
         f"{host_store.available_bytes() / 1e9:.0f} GB of host memory available, "
         f"driver {pynvml.nvmlSystemGetDriverVersion()}, Python {platform.python_version()}",
-        "command": f"benchmarks/weights.py --scale {options.scale} --cycles {options.cycles}",
+        "command": f"benchmarks/weights.py --scale {options.scale} --cycles {options.cycles} "
+        f"--others {options.others}",
         "gpus": gpus,
         "bytes": layout["slab_bytes"],
     }
