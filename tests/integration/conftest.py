@@ -5,12 +5,21 @@ import signal
 import pytest
 
 from tests.integration.daemon import Daemon
+from tests.integration.fork_servers import ForkServers
 
 
 @pytest.fixture(scope="session")
-def shared_daemon(tmp_path_factory):
-    """One daemon for all tests that leave it as they found it: a start takes seconds."""
-    daemon = Daemon(tmp_path_factory.mktemp("shared")).start()
+def fork_servers(tmp_path_factory):
+    """Where the daemons of all tests get their workers, unless a test is about that."""
+    made = ForkServers(tmp_path_factory.mktemp("fork-servers"))
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def shared_daemon(tmp_path_factory, fork_servers):
+    """One daemon for all tests that leave it as they found it."""
+    daemon = Daemon(tmp_path_factory.mktemp("shared"), fork_servers=fork_servers).start()
     yield daemon
     assert daemon.stop() == 0
 
@@ -25,12 +34,12 @@ def daemon(shared_daemon):
 
 
 @pytest.fixture
-def own_daemon(tmp_path):
+def own_daemon(tmp_path, fork_servers):
     """A daemon of the test's own, to be killed or filled with faults."""
     made: list[Daemon] = []
 
     def make(*args, **options) -> Daemon:
-        made.append(Daemon(tmp_path, *args, **options))
+        made.append(Daemon(tmp_path, *args, **{"fork_servers": fork_servers, **options}))
         return made[-1].start()
 
     yield make

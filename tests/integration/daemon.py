@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gpuctl import Client, GpuctlError
 from gpuctl_demo import GUIDANCE, IMAGE_GUIDANCE, STEPS, model_path
+from tests.integration.fork_servers import ForkServers
 
 START_S = 90.0
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,7 @@ class Daemon:
     """``gpuctld`` on ``workers`` devices.
 
     ``module``: what to run, ours or one with faults. ``under``: a command that starts it.
+    ``fork_servers``: where its workers come from; without, from a child of its own.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Daemon:
         module: str = "gpuctld",
         device: str = "cpu",
         under: tuple[str, ...] = (),
+        fork_servers: ForkServers | None = None,
     ) -> None:
         self.home = home
         self.endpoint = f"ipc://{home}/gpuctl.sock"
@@ -60,6 +63,7 @@ class Daemon:
         self.inject()
         self._command = [*under, sys.executable, "-m", module, "--config", str(self.config)]
         self._command += ["--socket", self.endpoint, "--devices", ",".join([device] * workers)]
+        self._fork_servers = fork_servers
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -84,10 +88,7 @@ class Daemon:
         return (self.home / "log").read_text()
 
     def start(self) -> Daemon:
-        with (self.home / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                self._command, stderr=log, env=self.environ, start_new_session=True
-            )
+        self.process = self._launch()
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             try:
@@ -97,6 +98,17 @@ class Daemon:
                 time.sleep(0.1)
             assert self.process.poll() is None, self.log
         raise AssertionError(self.log)
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        command = [*self._command]
+        lent = self._fork_servers.borrow(self.environ) if self._fork_servers else None
+        if lent:
+            command += ["--workers", str(lent.path)]
+        with (self.home / "log").open("a") as log:
+            made = subprocess.Popen(command, stderr=log, env=self.environ, start_new_session=True)
+        if lent:
+            lent.serve(made, self.home / "faults.json")
+        return made
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process is not None

@@ -139,7 +139,7 @@ def test_a_daemon_that_restarts_is_found_again(own_daemon):
 
 @pytest.mark.timeout(120)
 def test_a_stop_lets_the_running_job_finish_and_leaves_nothing(own_daemon):
-    daemon = own_daemon(2)
+    daemon = own_daemon(2, fork_servers=None)
     daemon.client().load("shapes")
     images: list = []
     draw = threading.Thread(

@@ -11,16 +11,15 @@ import pytest
 
 from gpuctl import GpuctlError
 from gpuctl.errors import Partial, WorkerLost
-from tests.integration.daemon import FAULTY, states
+from tests.integration.daemon import FAULTY, Daemon, states
 
 PROMPT = "a small green star on a white background"
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory):
-    from tests.integration.daemon import Daemon  # noqa: PLC0415
-
-    daemon = Daemon(tmp_path_factory.mktemp("faulty"), 2, module=FAULTY).start()
+def faulty(tmp_path_factory, fork_servers):
+    home = tmp_path_factory.mktemp("faulty")
+    daemon = Daemon(home, 2, module=FAULTY, fork_servers=fork_servers).start()
     yield daemon
     daemon.inject()
     assert daemon.stop() == 0
@@ -95,7 +94,7 @@ def test_a_client_gives_up_and_the_daemon_still_does_it(loaded):
 
 @pytest.mark.timeout(90)
 def test_killing_the_daemon_leaves_no_worker_and_the_next_one_restores_the_models(own_daemon):
-    daemon = own_daemon(2)
+    daemon = own_daemon(2, fork_servers=None)
     client = daemon.client()
     client.load("shapes")
     client.unload(gpus=[1])

@@ -12,7 +12,7 @@ from tests.integration.daemon import states
 @pytest.fixture
 def daemon(own_daemon):
     """A daemon, and its fork server."""
-    daemon = own_daemon(2)
+    daemon = own_daemon(2, fork_servers=None)
     return daemon, fork_server(daemon)
 
 

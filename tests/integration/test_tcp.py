@@ -30,14 +30,15 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def remote_daemon(made, tmp_path_factory):
+def remote_daemon(made, tmp_path_factory, fork_servers):
     _, pairs = made
     port = free_port()
     more = (
         f'[tcp]\nlisten = "127.0.0.1:{port}"\nkey = "{pairs["server"].file}"\n'
         f'[tcp.clients]\nme = "{pairs["client"].public.decode()}"\n'
     )
-    daemon = Daemon(tmp_path_factory.mktemp("remote"), workers=1, more=more).start()
+    home = tmp_path_factory.mktemp("remote")
+    daemon = Daemon(home, workers=1, more=more, fork_servers=fork_servers).start()
     daemon.tcp = f"tcp://127.0.0.1:{port}"
     yield daemon
     assert daemon.stop() == 0
