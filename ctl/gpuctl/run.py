@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from gpuctl import render
 from gpuctl.client import Client
@@ -29,7 +29,10 @@ NOT_STARTED = 125
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 UNSPECIFIC = GpuctlError.exit_status
-PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+FROM_TERMINALS = {signal.SIGINT, signal.SIGQUIT}
+PASSED_ON = {*FROM_TERMINALS, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+SI_KERNEL = 0x80
+"""sigaction(2): the terminal's driver sent it, and no process."""
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -42,12 +45,12 @@ def hand_over(client: Client, command: list[str], acquire: LeaseAcquire) -> int:
     """
     _refuse_missing(command[0])
     granted = _acquire(client, acquire)
-    with _postponed_signals() as caught:
+    with _held_signals() as held:
         _tell(render.summary(granted.fields))
         try:
             visible = granted["cuda_visible_devices"] if acquire.gpus is not None else None
             with client.renewed(granted["lease"]):
-                status = 128 + caught[0] if caught else _run(command, visible)
+                status = _run(command, visible, held)
         finally:
             _give_back(client, granted["lease"]["id"])
     return status
@@ -72,9 +75,9 @@ def _acquire(client: Client, acquire: LeaseAcquire) -> Reply:
     def interrupt(number: int, _: object) -> None:
         raise _Interrupted(number)
 
+    before = {number: signal.signal(number, interrupt) for number in _heeded()}
     try:
-        with _handled_by(interrupt):
-            return client.ask(acquire)
+        return client.ask(acquire)
     except _Interrupted as stopped:
         _tell("interrupted; the command was not started")
         raise SystemExit(128 + stopped.args[0]) from None
@@ -83,47 +86,61 @@ def _acquire(client: Client, acquire: LeaseAcquire) -> Reply:
             _tell(f"{error.message}; the command was not started")
             raise SystemExit(NOT_STARTED) from None
         raise
-
-
-@contextlib.contextmanager
-def _postponed_signals() -> Iterator[list[int]]:
-    """Signals must not end us between the unload and the reload: note them, pass them on."""
-    caught: list[int] = []
-    with _handled_by(lambda number, _: caught.append(number)):
-        yield caught
-
-
-@contextlib.contextmanager
-def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (*PASSED_ON, signal.SIGINT)}
-    try:
-        yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
 
 
-def _run(command: list[str], visible: str | None) -> int:
+def _heeded() -> set[signal.Signals]:
+    """Without those that whoever started us wants ignored: nohup, a shell's background job."""
+    return {number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN}
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[set[signal.Signals]]:
+    """Signals must not end us between the unload and the reload: they wait until asked for."""
+    held = _heeded()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*held, signal.SIGCHLD})
+    try:
+        yield held
+    finally:
+        while signal.sigtimedwait(held, 0):
+            pass  # too late for the command
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(command: list[str], visible: str | None, held: set[signal.Signals]) -> int:
     """The command in the foreground: same terminal, same group, so ^C and ^Z reach it as ever."""
     environ = dict(os.environ)
     if visible is not None:
         environ["CUDA_VISIBLE_DEVICES"] = visible
+    if early := signal.sigtimedwait(held, 0):
+        return 128 + early.si_signo
+    prepare = functools.partial(_prepare_command, held)
     try:
-        child = subprocess.Popen(command, env=environ, preexec_fn=_die_with_gpuctl)  # noqa: PLW1509, S603
+        child = subprocess.Popen(command, env=environ, preexec_fn=prepare)  # noqa: PLW1509, S603
     except OSError as failed:
         _tell(f"{command[0]}: {failed.strerror}")
         return NOT_EXECUTABLE if failed.errno in {errno.EACCES, errno.ENOEXEC} else NOT_STARTED
-    for number in PASSED_ON:
-        signal.signal(number, lambda n, _: child.send_signal(n))
-    status = child.wait()
-    return 128 - status if status < 0 else status
+    while early := signal.sigtimedwait(held, 0):  # the terminal's may have come before the child
+        child.send_signal(early.si_signo)
+    return _status(child, held)
 
 
-def _die_with_gpuctl() -> None:
+def _prepare_command(held: set[signal.Signals]) -> None:
     """In the child, before exec: without us nobody would give its GPUs back in order."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    for number in (*PASSED_ON, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*held, signal.SIGCHLD})
+
+
+def _status(child: subprocess.Popen[bytes], held: set[signal.Signals]) -> int:
+    """Pass signals on until the command has ended. A terminal's reach its group without us."""
+    while (status := child.poll()) is None:
+        told = signal.sigwaitinfo({*held, signal.SIGCHLD})
+        from_terminal = told.si_code == SI_KERNEL and told.si_signo in FROM_TERMINALS
+        if told.si_signo in held and not from_terminal:
+            child.send_signal(told.si_signo)
+    return 128 - status if status < 0 else status
 
 
 def _give_back(client: Client, lease: str) -> None:

@@ -8,13 +8,15 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import psutil
 import pytest
 
 from gpuctl import GpuctlError
 from gpuctl.protocol import LeaseAcquire, LeaseRelease
-from tests.integration.daemon import CLI, FAULTY
+from tests.integration.daemon import CLI, FAULTY, states
 
 ROUNDS = 20
 KILLS = int(os.environ.get("GPUCTL_TEST_KILLS", "50"))
@@ -57,11 +59,12 @@ def _lease_held(status) -> bool:
     return any(lease["state"] == "held" for lease in status["leases"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_reach_the_command_and_the_models_come_back(daemon, number):
+@pytest.mark.parametrize("after_s", [0, 0.02, 0.3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_reach_the_command_and_the_models_come_back(daemon, number, after_s):
     process = daemon.popen("run", "--", "sleep", "60")
     daemon.wait_for(_lease_held)
-    time.sleep(0.2)
+    time.sleep(after_s)
     process.send_signal(number)
     assert process.wait(10) == 128 + number
     assert daemon.states() == ["loaded", "loaded"]
@@ -71,15 +74,18 @@ def test_signals_reach_the_command_and_the_models_come_back(daemon, number):
 def test_kills_at_random_moments_lose_no_model_and_leave_nothing(daemon, tmp_path):
     dice = random.Random(SEED)
     mark = tmp_path / "command"
+    controller = psutil.Process(daemon.process.pid)
+    descriptors, files = controller.num_fds(), sorted(daemon.home.iterdir())
     for attempt in range(KILLS):
         mark.unlink(missing_ok=True)
         script = f"echo $$ > {mark}.new; mv {mark}.new {mark}; exec sleep 60"
         client = daemon.popen("run", "--", "sh", "-c", script, stderr=subprocess.DEVNULL)
         victims = dice.choice(["client", "command", "both"])
-        if victims == "client":
-            time.sleep(dice.uniform(0, 0.6))
-        else:
-            _kill_command(mark)
+        time.sleep(dice.uniform(0, 0.6))
+        if victims == "command":
+            _wait_until(mark.exists, 10)
+        if victims != "client" and mark.exists():
+            os.kill(int(mark.read_text()), signal.SIGKILL)
         if victims != "command":
             client.kill()
         client.wait(10)
@@ -87,23 +93,21 @@ def test_kills_at_random_moments_lose_no_model_and_leave_nothing(daemon, tmp_pat
         daemon.wait_for(lambda status: not status["leases"], 1.0)
         assert daemon.states() == ["loaded", "loaded"], context
         assert not mark.exists() or _gone(int(mark.read_text())), context
+    assert _wait_until(lambda: controller.num_fds() <= descriptors, 5), "connections are closed"
+    assert sorted(daemon.home.iterdir()) == files
 
 
-def _kill_command(mark) -> None:
-    deadline = time.monotonic() + 10
-    while not mark.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(int(mark.read_text()), signal.SIGKILL)
-
-
-def _gone(pid: int) -> bool:
-    deadline = time.monotonic() + 2
-    while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110
+def _wait_until(condition, seconds) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
     return True
+
+
+def _gone(pid: int) -> bool:
+    return _wait_until(lambda: not psutil.pid_exists(pid), 2)
 
 
 def test_the_command_dies_with_its_client(daemon, tmp_path):
@@ -212,20 +216,19 @@ def test_a_closed_terminal_ends_the_command_and_the_models_come_back(daemon):
     assert daemon.states() == ["loaded", "loaded"]
 
 
-def _moved_since(daemon, words, check):
-    """Events of moves, leases and workers while a wrong command is given."""
-    client = daemon.client()
-    before = client.status()
-    daemon.cli(*words, check=check)
-    after = client.status()
-    return [
-        name for name in ("leases", "jobs", "operations", "models") if before[name] != after[name]
-    ] + [
-        worker["gpu"]
-        for old, worker in zip(before["workers"], after["workers"], strict=True)
-        if (old["pid"], old["state"], old["models"])
-        != (worker["pid"], worker["state"], worker["models"])
-    ]
+@pytest.fixture
+def happenings(daemon):
+    """What subscribers are told from the start of the test on; jobs show that they listen."""
+    told: list[dict] = []
+    listen = threading.Thread(target=lambda: told.extend(daemon.client().events()), daemon=True)
+    listen.start()
+    while not _jobs_done(told):
+        daemon.client().generate("shapes", PROMPT)
+    return told
+
+
+def _jobs_done(told: list[dict]) -> int:
+    return sum(event.get("state") == "done" for event in told)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +242,36 @@ def _moved_since(daemon, words, check):
         (["lease", "renew", "no-such-lease"], 2),
     ],
 )
-def test_wrong_use_is_told_and_moves_nothing(daemon, words, check):
-    assert _moved_since(daemon, words, check) == []
+def test_wrong_use_is_told_and_moves_nothing(daemon, happenings, words, check):
+    before = daemon.client().status()["workers"]
+    daemon.cli(*words, check=check)
+    jobs = _jobs_done(happenings)
+    daemon.client().generate("shapes", PROMPT)
+    assert _wait_until(lambda: _jobs_done(happenings) > jobs, 5)
+    assert {event["event"] for event in happenings} == {"job"}
+    after = daemon.client().status()["workers"]
+    assert [worker["models"] for worker in after] == [worker["models"] for worker in before]
+
+
+def test_a_command_that_outlives_its_killed_client_keeps_the_models_parked(own_daemon):
+    daemon = own_daemon(2, module=FAULTY)
+    daemon.client().load("shapes")
+    stubborn = "trap '' TERM; echo $$; while :; do sleep 0.1; done"
+    client = daemon.popen("run", "--", "sh", "-c", stubborn, stdout=subprocess.PIPE)
+    pid = int(client.stdout.readline())
+    crowd = {"pid": pid, "name": "sh", "bytes": 18_000_000}
+    daemon.inject({"crowd": crowd, "total": 20_000_000})
+    client.kill()
+    try:
+        time.sleep(1.0)
+        assert psutil.pid_exists(pid), "it takes no notice of its client's death"
+        assert daemon.states() == ["parked", "parked"]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        client.wait()
+    daemon.inject()
+    daemon.wait_for(lambda status: states(status) == ["loaded", "loaded"])
+    assert not daemon.client().status()["leases"]
 
 
 def test_a_program_that_keeps_the_memory_is_named_and_outlasted(own_daemon):

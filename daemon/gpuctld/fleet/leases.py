@@ -378,15 +378,17 @@ def client_gone(fleet: FleetState, client: bytes, now: float) -> None:
             holder_died(fleet, lease.id, now)
 
 
-def renew(fleet: FleetState, request: LeaseRenew, now: float) -> dict[str, Any]:
+def renew(fleet: FleetState, event: Requested, now: float) -> None:
     """The holder lives.
 
     Raises:
-        BadRequest: no such lease.
+        BadRequest: no such lease, or another user's.
     """
+    request: LeaseRenew = event.request
     lease = _find(fleet, request.lease)
+    _check_owner(lease, event.peer)
     lease.renewed_at = now
-    return _reply(request.id, request.op, lease, now)
+    fleet.emit(Answer(request.id, _reply(request.id, request.op, lease, now)))
 
 
 def expire(fleet: FleetState, now: float) -> None:

@@ -132,10 +132,6 @@ class Fleet:
             return True
         return moves.cancel(self.state, target, why, now)
 
-    def _lease_renew(self, event: Requested, now: float) -> None:
-        reply = leases.renew(self.state, event.request, now)
-        self.state.emit(Answer(event.request.id, reply))
-
     def _lease_list(self, event: Requested, now: float) -> None:
         id_ = event.request.id
         listing = leases.listing(self.state, now)
@@ -346,7 +342,7 @@ _REQUESTS: Mapping[str, Handler] = {
     "generate": _with_peer(jobs.submit),
     "lease_acquire": _with_peer(leases.acquire),
     "lease_release": _with_peer(leases.release),
-    "lease_renew": Fleet._lease_renew,  # noqa: SLF001
+    "lease_renew": _with_peer(leases.renew),
     "lease_list": Fleet._lease_list,  # noqa: SLF001
     "cancel": Fleet._cancel,  # noqa: SLF001
     "models": Fleet._models,  # noqa: SLF001

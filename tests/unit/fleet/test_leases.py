@@ -242,6 +242,17 @@ def test_a_stranger_cannot_cancel_it(loaded, wait_s):
     assert not loaded.take(ReloadModel)
 
 
+def test_a_stranger_cannot_renew_it(loaded):
+    lease = held(loaded, ttl_s=60)
+    loaded.wait(50)
+    request = LeaseRenew(lease=lease)
+    stranger = Peer(pid=9, uid=2000)
+    loaded.apply(events.Requested(request=request, client=b"s", peer=stranger, blobs=()))
+    assert code(loaded, request.id) == "bad_request"
+    loaded.wait(20)
+    assert state(loaded, lease) != "held", "it has run out"
+
+
 def test_cancelling_the_request_withdraws_the_lease_with_an_answer(loaded):
     held(loaded, pid=1)
     second = acquire(loaded, pid=2, wait_s=60)
