@@ -16,7 +16,7 @@ ignores fields that it does not know.
 from __future__ import annotations
 
 import functools
-import secrets
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -50,7 +50,7 @@ _SEED: Any = attrs.validators.optional([attrs.validators.ge(0), attrs.validators
 
 def new_id() -> str:
     """A fresh request id: 16 random bytes as 32 hexadecimal digits."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 @attrs.frozen(kw_only=True)
