@@ -84,7 +84,9 @@ def measure(home: Path, model: Path, devices: str) -> str:
     try:
         return _loads(daemon) + _transcript(daemon)
     finally:
+        started = time.monotonic()
         daemon.stop()
+        print(f"stopped in {time.monotonic() - started:.1f} s", file=sys.stderr)
 
 
 def _loads(daemon: Daemon) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 Found = dict[str, list[Any]]
 
-NEEDS_TWO = "needs two GPUs"
+NOT_MEASURED = "not measured"
 
 
 def write(results: dict[str, Any], folder: Path, table: Path | None) -> None:
@@ -124,7 +124,7 @@ def _ratio(what: str, found: Found, verb: str, least: float) -> Row:
 def _fanout_row(found: Found, floor: float, gpus: int) -> Row:
     what = "reload against the pinned floor, fan-out"
     if gpus == 1:
-        return what, "<= 0.6 x", NEEDS_TWO, "-"
+        return what, "<= 0.6 x", NOT_MEASURED, "-"
     return _most(what, _median(found, "ours_reload") / floor, 0.6, "x")
 
 
@@ -142,7 +142,7 @@ def _left_row(found: Found) -> Row:
 
 def _neighbour_rows(found: Found) -> list[Row]:
     if "neighbour_idle" not in found:
-        return [("neighbour's p99 step while a GPU pins, cycles", "<= 1.1 x", NEEDS_TWO, "-")]
+        return [("neighbour's p99 step while a GPU pins, cycles", "<= 1.1 x", NOT_MEASURED, "-")]
     idle = percentile(found["neighbour_idle"][0], 0.99)
     return [
         _most(f"neighbour's p99 step, {what}", percentile(values[0], 0.99) / idle, 1.1, "x")

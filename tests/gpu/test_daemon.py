@@ -144,8 +144,14 @@ def test_a_worker_killed_while_suspended_comes_back_parked(daemon):
     daemon.draw(0)
 
 
-def test_a_stop_while_suspended_is_prompt_and_leaves_nothing(daemon):
-    daemon.client().unload(suspend=True)
+@pytest.mark.parametrize("woken", [False, True])
+def test_a_stop_after_a_suspend_is_prompt_and_leaves_nothing(tmp_path, woken):
+    daemon = Daemon(tmp_path, device="cuda:0").start()
+    client = daemon.client()
+    client.load("shapes")
+    client.unload(suspend=True)
+    if woken:
+        client.reload()
     pids = daemon.worker_pids()
     started = time.monotonic()
     assert daemon.stop() == 0
