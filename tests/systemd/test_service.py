@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.systemd, pytest.mark.slow]
 DEVICES = '[daemon]\ndevices = ["cpu", "cpu"]\nthreads = 1\n'
 CONFIG = f'{DEVICES}[models.tiny]\npath = "{MODELS}/tiny"\n'
 CONFIG_PATH = "/etc/gpuctl/config.toml"
-DROP_INS = "/etc/systemd/system/gpuctld.service.d"
+UNITS = ("gpuctld", "gpuctld-workers")
+DROP_INS = "/etc/systemd/system/{}.service.d"
 DRAW = ("cab", "--steps", "2")
 SLICE = "system-gpuctl.slice"
 RESTART_S = 2.0
@@ -53,7 +54,8 @@ def is_running(machine):
 
 
 def is_pristine(machine):
-    return not machine.exists(DROP_INS) and machine.run("cat", CONFIG_PATH).stdout == CONFIG
+    changed = any(machine.exists(DROP_INS.format(unit)) for unit in UNITS)
+    return not changed and machine.run("cat", CONFIG_PATH).stdout == CONFIG
 
 
 def start_afresh(installed):
@@ -65,14 +67,16 @@ def start_afresh(installed):
 
 
 def reset(machine):
-    machine.run("rm", "-rf", DROP_INS, "/var/lib/gpuctl/wanted.json")
+    changed = [DROP_INS.format(unit) for unit in UNITS]
+    machine.run("rm", "-rf", *changed, "/var/lib/gpuctl/wanted.json")
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "reset-failed", "gpuctld", check=False)
     machine.write(CONFIG_PATH, CONFIG)
 
 
-def drop_in(machine, text):
-    machine.write(f"{DROP_INS}/test.conf", f"[Service]\n{text}\n")
+def drop_in(machine, text, *units):
+    for unit in units or UNITS[:1]:
+        machine.write(f"{DROP_INS.format(unit)}/test.conf", f"[Service]\n{text}\n")
     machine.run("systemctl", "daemon-reload")
 
 
@@ -332,6 +336,34 @@ def test_the_handbooks_filters_find_what_they_promise(service):
     lines = started.stdout.splitlines()
     assert lines
     assert all("worker_started" in line for line in lines)
+
+
+def ways_to_open():
+    """The settings in the handbook's table of hardening, but for limits above this machine's."""
+    table = HANDBOOK.split("| how to open it |")[1].split("\n\n")[0]
+    remedies = [row.rsplit("|", 2)[1] for row in table.splitlines()[2:]]
+    settings = re.findall(r"`([A-Z]\w+=[^`]+)`", " ".join(remedies))
+    return [each for each in settings if not each.startswith("Limit")]
+
+
+def test_the_handbooks_lines_open_what_the_hardening_closes(service):
+    folders = {"at_home": "/home/member/tiny", "in_tmp": "/tmp/tiny"}
+    for path in folders.values():
+        service.run("cp", "-r", f"{MODELS}/tiny", path)
+    service.run("chmod", "a+rx", "/home/member")
+    service.run("mkdir", "-p", "/srv/out")
+    models = [f'[models.{name}]\npath = "{path}"\n' for name, path in folders.items()]
+    service.write(CONFIG_PATH, CONFIG + "".join(models))
+    service.run("systemctl", "reload", "gpuctld")
+    wait_for(lambda: set(folders) < set(names(service)), 10)
+    for name in folders:
+        assert gpuctl(service, "load", name, check=False).returncode != 0
+    lines = ways_to_open()
+    assert len(lines) >= 9
+    drop_in(service, "\n".join(lines), *UNITS)
+    service.run("systemctl", "restart", "gpuctld")
+    for name in folders:
+        gpuctl(service, "load", name)
 
 
 def test_a_user_runs_a_daemon_of_their_own(installed):
