@@ -1,23 +1,36 @@
-"""Fork servers of their own, as systemd runs them: they outlive the daemons that they serve.
+"""Fork servers of their own, as systemd runs them, whose imports outlive even an orderly stop.
 
 Nearly all that a daemon's start takes is the imports of its fork server. Tests whose daemons come
-and go share these.
+and go share these: a process that has imported everything, and has a child be the fork server, one
+after the other.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-LAUNCH = """
-import os, sys
+KEEP = """
+import os, socket, sys
+from gpuctld.service_manager import Notifier
 from gpuctld.worker import forkserver
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.dup2(int(sys.argv[1]), forkserver.LISTEN_FD)
-forkserver.IDLE_S = 600
-sys.exit(forkserver.main([]))
+from gpuctld.worker.lifeline import die_with
+
+die_with(int(sys.argv[2]))
+listener = socket.socket(fileno=int(sys.argv[1]))
+forkserver.preload()
+forkserver.preload = lambda: None
+keeper = os.getpid()
+while True:
+    child = os.fork()
+    if child == 0:
+        die_with(keeper)
+        forkserver.serve_all(listener, Notifier())
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
@@ -37,7 +50,7 @@ class ForkServer:
             listener.bind(str(self.path))
             listener.listen()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH, str(listener.fileno())],
+                [sys.executable, "-c", KEEP, str(listener.fileno()), str(os.getpid())],
                 env={**environ, "GPUCTL_TEST_FAULTS": str(self._faults)},
                 pass_fds=[listener.fileno()],
                 stderr=log,
@@ -45,9 +58,8 @@ class ForkServer:
 
     @property
     def free(self) -> bool:
-        """The daemon that used it has ended, and it has not been told to leave."""
-        gone = self._user is None or self._user.poll() is not None
-        return gone and self.process.poll() is None
+        """The daemon that used it has ended."""
+        return self._user is None or self._user.poll() is not None
 
     def serve(self, daemon: subprocess.Popen[bytes], faults: Path) -> None:
         """From now on this daemon, and its faults."""
