@@ -5,6 +5,9 @@ command a worker reads the JSON file that $GPUCTL_TEST_FAULTS names: a list of
 ``{"command": "UnloadModel", "gpu": 1, "delay_s": 2, "raise": "...", "die": true, "stop": true}``.
 ``{"crowd": {"pid": 7, "name": "trainer", "bytes": 18000000}, "total": 20000000}`` has every device
 look as if it had ``total`` bytes and another process held some of them.
+
+Beside that file a journal notes the seed of every job that is begun. $GPUCTL_TEST_SILENCE_S says
+after how long without a sign of life a worker counts as stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import time
 from pathlib import Path
 
 from gpuctld import __main__ as program
+from gpuctld.fleet import workers
+from gpuctld.messages import RunJob
 from gpuctld.supervisor import WorkerSpec
 from gpuctld.weights.gauge import CpuGauge
 from gpuctld.worker import main as worker_main
@@ -28,6 +33,8 @@ class FaultyWorker(worker_main.Worker):
     """Does what the faults say before it does what it is told."""
 
     def _execute(self, command, blobs) -> None:
+        if isinstance(command, RunJob):
+            _note(command.seed)
         for fault in self._faults(type(command).__name__):
             time.sleep(fault.get("delay_s", 0))
             if fault.get("die"):
@@ -66,6 +73,14 @@ class CrowdedGauge(CpuGauge):
         return [crowd["crowd"]] if crowd else []
 
 
+def _note(seed: int) -> None:
+    """One write, so that neither another worker nor a SIGKILL can cut the line."""
+    faults = Path(os.environ["GPUCTL_TEST_FAULTS"]).resolve()
+    journal = os.open(faults.with_name("journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(journal, f"{seed}\n".encode())
+    os.close(journal)
+
+
 def _crowd() -> dict | None:
     faults = json.loads(Path(os.environ["GPUCTL_TEST_FAULTS"]).read_text())
     return next((fault for fault in faults if "crowd" in fault), None)
@@ -86,6 +101,7 @@ def faulty_main(spec: WorkerSpec, channel: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    workers.SILENCE_S = float(os.environ.get("GPUCTL_TEST_SILENCE_S", workers.SILENCE_S))
     service_build = program.build
     program.build = functools.partial(service_build, worker="tests.fakes.faulty_daemon:faulty_main")
     sys.exit(program.main())

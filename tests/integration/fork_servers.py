@@ -76,6 +76,7 @@ class ForkServers:
     """As many as there are daemons at a time."""
 
     def __init__(self, home: Path) -> None:
+        home.mkdir(exist_ok=True)
         self._home = home
         self._all: list[ForkServer] = []
 

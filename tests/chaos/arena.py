@@ -1,0 +1,114 @@
+"""A daemon under attack, and what is measured of it."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from tests.chaos.crowd import MODEL
+from tests.integration.daemon import FAULTY, Daemon
+from tests.integration.fork_servers import ForkServers
+
+WORKERS = 2
+MIB = 2**20
+BACK_S = 60.0
+"""Longer than any pause before a restart and any deadline of a step."""
+SAMPLE_S = 1.0
+WARM_UP = 0.2
+"""Of a run: what a process allocates in its beginning is no leak."""
+
+
+class Arena:
+    """Starts the daemon, and watches its process from the start to the end.
+
+    ``silence_s``: after how long without a sign of life a worker counts as stopped, if not 10 s.
+    """
+
+    def __init__(self, home: Path, fork_servers: ForkServers, silence_s: float | None = None):
+        home.mkdir(parents=True)
+        under = () if silence_s is None else ("env", f"GPUCTL_TEST_SILENCE_S={silence_s}")
+        self.daemon = Daemon(home, WORKERS, module=FAULTY, under=under, fork_servers=fork_servers)
+        quick = self.daemon.config.read_text().replace('max = "1s"', 'max = "300ms"')
+        self.daemon.config.write_text(quick)
+        self.memory_mib: list[tuple[float, float]] = []
+        self.start()
+        self.daemon.client().load(MODEL)
+        self.picture = self.daemon.draw(0)
+        self._journal = home / "journal"
+        self._journal.unlink()
+
+    def start(self) -> None:
+        self.daemon.start()
+        self._process = psutil.Process(self.daemon.process.pid)
+        threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
+
+    def _watch(self, process: psutil.Process) -> None:
+        began = time.monotonic()
+        try:
+            while process.is_running():
+                point = time.monotonic() - began, process.memory_info().rss / MIB
+                self.memory_mib.append(point)
+                time.sleep(SAMPLE_S)
+        except psutil.NoSuchProcess:
+            return
+
+    @property
+    def descriptors(self) -> int:
+        return self._process.num_fds()
+
+    def growth_mib_per_h(self) -> float | None:
+        """Slope of the daemon's memory after its warm-up; ``None`` for runs under five minutes."""
+        points = self.memory_mib[int(len(self.memory_mib) * WARM_UP) :]
+        if len(points) < 300:
+            return None
+        seconds, sizes = zip(*points, strict=True)
+        return statistics.linear_regression(seconds, sizes).slope * 3600
+
+    def processes(self) -> list[int]:
+        """The daemon and its workers."""
+        return [self.daemon.process.pid, *self.daemon.worker_pids()]
+
+    def wrongs(self) -> list[str]:
+        """What is not as it should be once the attack is over and the models were asked for."""
+        found = [f"job {seed} ran {count} times" for seed, count in self._runs() if count > 1]
+        self.daemon.inject()
+        self.daemon.wait_for(lambda status: not unready(status), BACK_S)
+        self.daemon.client().load(MODEL)
+        if set(self.daemon.states(MODEL)) != {"loaded"}:
+            found.append(f"models are {self.daemon.states(MODEL)}")
+        if {self.daemon.draw(gpu) for gpu in range(WORKERS)} != {self.picture}:
+            found.append("a seeded picture is another one")
+        return found
+
+    def _runs(self) -> list[tuple[str, int]]:
+        """How often each job was begun, by its seed."""
+        seeds = self._journal.read_text().split() if self._journal.exists() else []
+        return Counter(seeds).most_common()
+
+    def end(self) -> list[str]:
+        """Stop the daemon; what it left behind."""
+        pids = self.processes()
+        status = self.daemon.stop(signal.SIGTERM)
+        found = [] if status == 0 else [f"the daemon left with status {status}"]
+        found += [f"process {pid} is left" for pid in pids if runs(pid)]
+        found += [f"file {path} is left" for path in self.daemon.home.glob("*.sock")]
+        return found
+
+
+def unready(status: dict) -> list[int]:
+    """The GPUs whose worker is not there."""
+    return [each["gpu"] for each in status["workers"] if each["state"] != "ready"]
+
+
+def runs(pid: int) -> bool:
+    """False also for one that waits to be reaped."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
