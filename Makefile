@@ -1,5 +1,6 @@
 # make demo     the whole loop on every CUDA GPU, else on two simulated devices
 # make test     lint, types, import contracts, all tests
+# make chaos    the attacks at length (hours); writes docs/reliability.md
 # make test-gpu what needs a GPU
 # make bench    broadcast against sequence, latencies, speed of the demo's model
 # make install  the system service (see docs/operations.md)
@@ -11,7 +12,10 @@ BIN := $(VENV)/bin
 PIP_LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check unit test-gpu bench clean
+.PHONY: help demo test lint types check unit chaos test-gpu bench clean
+
+# Compiled files as everywhere: without them each of the hundreds of processes compiles its sources.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -38,8 +42,14 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+# Two at a time where seconds do not matter; one after the other where they are measured.
 unit: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 tests/unit tests/chaos
+	$(BIN)/pytest --ignore tests/unit --ignore tests/chaos
+
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos all --out chaos-output
+	$(BIN)/python -m tests.chaos report chaos-output/*.json > docs/reliability.md
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/pytest -m gpu
@@ -51,4 +61,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/shapes_speed.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache demo-output
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache demo-output chaos-output

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos SCENARIO --count N --seed S``: attack a daemon and judge what it did."""
+"""Attack a daemon and judge what it did: one scenario, or all of them at length."""
 
 from __future__ import annotations
 
@@ -8,42 +8,79 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from tests.chaos import report
+from tests.chaos import report, trial
 from tests.chaos.scenarios import SCENARIOS
-from tests.chaos.trial import run
 from tests.integration.fork_servers import ForkServers
+
+AT_LENGTH = {
+    "worker-kills": 1_000,
+    "worker-stops": 200,
+    "sticky-faults": 500,
+    "mixed": 1_000,
+    "controller-stops": 50,
+    "controller-kills": 100,
+    "stops-under-load": 500,
+}
 
 
 def main() -> int:
+    options = _parser().parse_args()
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    attack = commands.add_parser("attack", help="run one scenario")
-    attack.add_argument("scenario", choices=SCENARIOS)
-    attack.add_argument("--count", type=int, required=True, help="blows, kills or stops")
-    attack.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
-    attack.add_argument("--json", type=Path, help="write what happened")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("attack", help="run one scenario")
+    one.add_argument("scenario", choices=SCENARIOS)
+    one.add_argument("--count", type=int, required=True, help="blows, kills or stops")
+    one.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
+    one.set_defaults(run=_one)
+    every = commands.add_parser("all", help="run every scenario at length and write the page")
+    every.add_argument("--part", type=float, default=1.0, help="of the long runs' counts")
+    every.set_defaults(run=_all)
+    for each in (one, every):
+        each.add_argument("--out", type=Path, default=Path("chaos-output"), help="for JSON files")
     table = commands.add_parser("report", help="print docs/reliability.md")
-    table.add_argument("files", type=Path, nargs="+", help="written by --json")
-    options = parser.parse_args()
-    if options.command == "report":
-        sys.stdout.write(report.page([json.loads(file.read_text()) for file in options.files]))
-        return 0
-    return _attack(options)
+    table.add_argument("files", type=Path, nargs="+", help="what the runs have written")
+    table.set_defaults(run=_report)
+    return parser
 
 
-def _attack(options: argparse.Namespace) -> int:
-    sys.stdout.write(f"{options.scenario}, {options.count} times, seed {options.seed}\n")
+def _one(options: argparse.Namespace) -> int:
+    found = _attack(options.scenario, options.count, options.seed, options.out)
+    return 1 if found["wrongs"] else 0
+
+
+def _all(options: argparse.Namespace) -> int:
+    failed = 0
+    for scenario, count in AT_LENGTH.items():
+        seed = time.time_ns() % 2**32
+        found = _attack(scenario, max(1, round(count * options.part)), seed, options.out)
+        failed += bool(found["wrongs"])
+    return 1 if failed else 0
+
+
+def _attack(scenario: str, count: int, seed: int, out: Path) -> dict[str, Any]:
+    sys.stdout.write(f"{scenario}, {count} times, seed {seed}\n")
+    sys.stdout.flush()
     with tempfile.TemporaryDirectory() as home:
         fork_servers = ForkServers(Path(home) / "fork-servers")
         try:
-            found = run(options.scenario, options.count, options.seed, Path(home), fork_servers)
+            found = trial.run(scenario, count, seed, Path(home), fork_servers)
         finally:
             fork_servers.end()
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    out.mkdir(exist_ok=True)
+    (out / f"{scenario}.json").write_text(json.dumps(found, indent=1))
     sys.stdout.write(report.summary(found))
-    return 1 if found["wrongs"] else 0
+    return found
+
+
+def _report(options: argparse.Namespace) -> int:
+    sys.stdout.write(report.page([json.loads(file.read_text()) for file in options.files]))
+    return 0
 
 
 if __name__ == "__main__":

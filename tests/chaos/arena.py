@@ -51,9 +51,8 @@ class Arena:
     def _watch(self, process: psutil.Process) -> None:
         began = time.monotonic()
         try:
-            while process.is_running():
-                point = time.monotonic() - began, process.memory_info().rss / MIB
-                self.memory_mib.append(point)
+            while (size := process.memory_info().rss) > 0:  # nothing is left of a zombie
+                self.memory_mib.append((time.monotonic() - began, size / MIB))
                 time.sleep(SAMPLE_S)
         except psutil.NoSuchProcess:
             return

@@ -9,7 +9,7 @@ import attrs
 
 @attrs.frozen
 class Blow:
-    """Sends a signal to a worker, or has it fail by itself as ``tests.fakes.faulty_daemon`` can."""
+    """Sends a signal to a worker, or has it fail by itself as ``tests.fakes.faulty_worker`` can."""
 
     name: str
     signal: int | None = None

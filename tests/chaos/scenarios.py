@@ -156,10 +156,16 @@ def controller_kills(trial: Trial, count: int) -> list[float]:
         with trial.forlorn_crowd(*DRAWING):
             time.sleep(trial.dice.uniform(0.05, 0.8))
             trial.arena.daemon.stop(signal.SIGKILL)
-        time.sleep(GONE_S)
-        trial.wrongs += [f"worker {pid} outlived the daemon" for pid in workers if runs(pid)]
+        trial.wrongs += [f"worker {pid} outlived the daemon" for pid in _outliving(workers)]
         took.append(_start(trial))
     return took
+
+
+def _outliving(pids: list[int]) -> list[int]:
+    deadline = time.monotonic() + GONE_S
+    while (left := [pid for pid in pids if runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return left
 
 
 def _start(trial: Trial) -> float:

@@ -5,15 +5,6 @@ import signal
 import pytest
 
 from tests.integration.daemon import Daemon
-from tests.integration.fork_servers import ForkServers
-
-
-@pytest.fixture(scope="session")
-def fork_servers(tmp_path_factory):
-    """Where the daemons of all tests get their workers, unless a test is about that."""
-    made = ForkServers(tmp_path_factory.mktemp("fork-servers"))
-    yield made
-    made.end()
 
 
 @pytest.fixture(scope="session")

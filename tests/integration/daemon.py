@@ -78,7 +78,7 @@ class Daemon:
         }
 
     def inject(self, *faults: dict) -> None:
-        """Have the workers of ``tests.fakes.faulty_daemon`` misbehave from now on."""
+        """Have the workers of ``tests.fakes.faulty_worker`` misbehave from now on."""
         fresh = self.home / "faults.new"
         fresh.write_text(json.dumps(faults))
         fresh.replace(self.home / "faults.json")
