@@ -36,6 +36,8 @@ class WorkerState(StrEnum):
     STOPPING = "stopping"
     BACKOFF = "backoff"
     FAILED = "failed"
+    QUARANTINED = "quarantined"
+    STUCK = "stuck"
 
 
 class JobState(StrEnum):
@@ -50,6 +52,9 @@ class JobState(StrEnum):
 
 STABLE = frozenset({Residency.ABSENT, Residency.LOADED, Residency.PARKED})
 """States in which nothing moves; a failed step returns to one of them."""
+
+DOWN = frozenset({WorkerState.FAILED, WorkerState.QUARANTINED, WorkerState.STUCK})
+"""Nothing is on its way to bring the worker back."""
 
 JOB_ENDED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
 

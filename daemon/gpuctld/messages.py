@@ -164,10 +164,14 @@ class Failed:
 
 @attrs.frozen(kw_only=True)
 class Fault:
-    """A sticky CUDA error: the task failed and the process leaves."""
+    """A sticky CUDA error: the task failed and the process leaves.
+
+    ``recovery``: what the driver asks for to make the device usable again; empty for nothing.
+    """
 
     task: str
     error: dict[str, Any]
+    recovery: str = ""
 
 
 # --- controller and fork server --------------------------------------------------------------

@@ -17,6 +17,8 @@ from tests.integration.fork_servers import ForkServers
 
 WORKERS = 2
 MIB = 2**20
+FAULTS = 1_000_000
+"""Before a device is quarantined: here it is the worker's way back that is looked at."""
 BACK_S = 60.0
 """Longer than any pause before a restart and any deadline of a step."""
 SAMPLE_S = 1.0
@@ -32,8 +34,11 @@ class Arena:
 
     def __init__(self, home: Path, fork_servers: ForkServers, silence_s: float | None = None):
         home.mkdir(parents=True)
-        under = () if silence_s is None else ("env", f"GPUCTL_TEST_SILENCE_S={silence_s}")
-        self.daemon = Daemon(home, WORKERS, module=FAULTY, under=under, fork_servers=fork_servers)
+        under = ["env", f"GPUCTL_TEST_MAX_FAULTS={FAULTS}"]
+        under += [] if silence_s is None else [f"GPUCTL_TEST_SILENCE_S={silence_s}"]
+        self.daemon = Daemon(
+            home, WORKERS, module=FAULTY, under=tuple(under), fork_servers=fork_servers
+        )
         quick = self.daemon.config.read_text().replace('max = "1s"', 'max = "300ms"')
         self.daemon.config.write_text(quick)
         self.memory_mib: list[tuple[float, float]] = []

@@ -16,7 +16,7 @@ from gpuctl.errors import (
     UnknownGpu,
 )
 from gpuctl.protocol import Generate
-from gpuctl.residency import JobState, Residency, Tier
+from gpuctl.residency import DOWN, JobState, Residency, Tier
 from gpuctld.fleet import moves, placement, report
 from gpuctld.fleet.effects import Answer, Send
 from gpuctld.fleet.events import Requested
@@ -222,6 +222,14 @@ def expire(fleet: FleetState, now: float) -> None:
         limit = job.request.timeout_s
         if limit is not None and now >= job.queued_at + limit and job.cancelled_by is None:
             cancel(fleet, job, Cancelled(f"not done in {limit:g} s"), now)
+
+
+def give_up(fleet: FleetState, now: float) -> None:
+    """Answer jobs that wait for workers none of which comes back by itself."""
+    for job in list(fleet.jobs.values()):
+        workers = placement.eligible(fleet, job)
+        if job.state is JobState.QUEUED and all(worker.state in DOWN for worker in workers):
+            failed(fleet, job, moves.lost_worker(workers[0]).to_map(), now)
 
 
 def refuse_stranded(fleet: FleetState, now: float) -> None:

@@ -65,8 +65,9 @@ class Fleet:
 
     @property
     def stopped(self) -> bool:
-        """Stopping, and no worker process is left."""
-        return self.state.stopping and not any(w.pid for w in self.state.workers.values())
+        """Stopping, and no worker process is left that could still end."""
+        left = [worker for worker in self.state.workers.values() if worker.pid]
+        return self.state.stopping and all(each.state is WorkerState.STUCK for each in left)
 
     @property
     def wanted(self) -> dict[int, dict[str, str]]:
@@ -210,7 +211,7 @@ class Fleet:
             moves.failed(self.state, worker, task.step, message.error, now)
 
     def _fault(self, worker: Worker, event: Heard, now: float) -> None:
-        workers.fault(self.state, worker, event.message.error, now)
+        workers.fault(self.state, worker, event.message, now)
 
     def _spawned(self, event: Spawned, now: float) -> None:
         worker = self.state.workers[event.gpu]
@@ -271,6 +272,7 @@ class Fleet:
         workers.respawn(self.state, now)
         moves.expire(self.state, now)
         jobs.expire(self.state, now)
+        jobs.give_up(self.state, now)
         leases.expire(self.state, now)
         self._unload_unused(now)
         if self.state.stopping:

@@ -13,7 +13,7 @@ import attrs
 
 from gpuctl.errors import BadRequest, Busy, DeviceMemory, GpuctlError, Leased, Timeout, WorkerLost
 from gpuctl.protocol import Load, LoraAdd, LoraRemove, Reload, Unload
-from gpuctl.residency import TIER, Residency, Tier, WorkerState
+from gpuctl.residency import DOWN, TIER, Residency, Tier, WorkerState
 from gpuctld.fleet import placement, report
 from gpuctld.fleet.effects import Answer, ReleaseCopy, Send, Spawn
 from gpuctld.fleet.state import (
@@ -46,6 +46,12 @@ _UNDERWAY = {
 _IN_ROWS = frozenset(
     ("freed_bytes", "residual_bytes", "path", "foreign", "device_bytes", "host_bytes", "adapters")
 )
+_REMEDY = {
+    WorkerState.FAILED: "gpuctl load or reload tries again",
+    WorkerState.QUARANTINED: "repair the device, then restart gpuctld",
+    WorkerState.STUCK: "a worker is started there when that process has ended",
+}
+
 _ARRIVED = {
     Tier.DEVICE: Residency.LOADED,
     Tier.HOST: Residency.PARKED,
@@ -288,7 +294,9 @@ def _preflight(fleet: FleetState, operation: Operation, now: float) -> bool:
 
 
 def _takes_memory(fleet: FleetState, step: Step) -> bool:
-    return placement.needed_bytes(fleet, step) > 0
+    """On a worker that is down it takes nothing: the step will fail by itself."""
+    down = fleet.workers[step.gpu].state in DOWN
+    return not down and placement.needed_bytes(fleet, step) > 0
 
 
 def _all_fit(fleet: FleetState, operation: Operation, gpus: set[int], now: float) -> bool:
@@ -359,13 +367,22 @@ def _has_process(worker: Worker) -> bool:
 
 
 def _end_without_process(fleet: FleetState, worker: Worker, step: Step, now: float) -> None:
-    """A dead worker's GPU is free already; what it shall have when it is back is on record."""
+    """A dead worker's GPU is free already; what it shall have when it is back is on record.
+
+    That of a process which does not end is not free.
+    """
     if step.target is Tier.DEVICE:
-        if worker.state is WorkerState.FAILED:
-            _end(fleet, step, now, WorkerLost(f"gpu {worker.gpu} is down: {worker.reason}"))
+        if worker.state in DOWN:
+            _end(fleet, step, now, lost_worker(worker))
         return
     _keep_wanted(fleet, worker, step)
-    _end(fleet, step, now)
+    _end(fleet, step, now, lost_worker(worker) if worker.state is WorkerState.STUCK else None)
+
+
+def lost_worker(worker: Worker) -> WorkerLost:
+    """Why nothing can be had of a worker, and what to do about it."""
+    message = f"gpu {worker.gpu} is {worker.state}: {worker.reason}"
+    return WorkerLost(message, _REMEDY.get(worker.state, ""))
 
 
 def _keep_wanted(fleet: FleetState, worker: Worker, step: Step) -> None:

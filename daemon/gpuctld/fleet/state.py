@@ -207,7 +207,9 @@ class Task:
 class Worker:
     """The process that owns one device. ``wanted``: the tier each model shall be in.
 
-    ``context_bytes``: what a suspended worker takes of the device when it wakes.
+    ``context_bytes``: what a suspended worker takes of the device when it wakes. ``faults``: when
+    GPU faults were seen. ``recovery``: what the driver then asked for. ``killed_at``: the SIGKILL
+    that it has not ended on yet.
     """
 
     device: Device
@@ -222,6 +224,9 @@ class Worker:
     restarts: int = 0
     futile_starts: int = 0
     deaths: int = 0
+    faults: list[float] = attrs.field(factory=list)
+    recovery: str = ""
+    killed_at: float | None = None
     since: float = 0.0
     heard_at: float = 0.0
     sampled_at: float = 0.0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
 
 from gpuctl.errors import GpuctlError, GpuFault, WorkerLost
-from gpuctl.residency import Residency, WorkerState
+from gpuctl.residency import DOWN, Residency, WorkerState
 from gpuctld.fleet import jobs, moves
 from gpuctld.fleet.effects import Send, Signal, Spawn
 from gpuctld.fleet.state import FleetState, Task, Worker
-from gpuctld.messages import CancelTask, Hello, Suspended
+from gpuctld.messages import CancelTask, Fault, Hello, Suspended
 
 SILENCE_S = 10.0
 """Without a beat for that long the process is stopped or holds its interpreter lock."""
@@ -22,6 +21,13 @@ HEALTHY_S = 600.0
 MAX_FUTILE_STARTS = 3
 
 FREEING_STRIKE_S = 2.0
+
+MAX_FAULTS = 3
+FAULTS_S = 600.0
+"""So many GPU faults in that time are the device's, not a program's."""
+
+STUCK_S = 10.0
+"""A process that has not ended so long after SIGKILL hangs in the kernel, usually in the driver."""
 
 
 def hello(fleet: FleetState, worker: Worker, message: Hello, now: float) -> None:
@@ -59,6 +65,7 @@ def died(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
     if starting or loading:
         worker.futile_starts += 1
     worker.context_bytes = 0
+    worker.killed_at = None
     moves.forget_probes(fleet, worker.gpu)
     if task is not None:
         _settle(fleet, worker, task, reason, now)
@@ -79,9 +86,12 @@ def _fail_task(
         jobs.failed(fleet, task.job, error.to_map(), now)
 
 
-def fault(fleet: FleetState, worker: Worker, error: dict[str, Any], now: float) -> None:
+def fault(fleet: FleetState, worker: Worker, message: Fault, now: float) -> None:
     """A sticky CUDA error: the caller hears of it now, the process is leaving."""
+    error = message.error
     task, worker.task = worker.task, None
+    worker.faults = [at for at in worker.faults if now - at < FAULTS_S] + [now]
+    worker.recovery = message.recovery
     fleet.set_worker(worker, WorkerState.STOPPING, error["message"], now)
     if task is not None:
         _fail_task(fleet, worker, task, GpuFault(error["message"], error["hint"]), now)
@@ -95,14 +105,30 @@ def _plan_restart(fleet: FleetState, worker: Worker, reason: str, now: float) ->
     worker.pid = 0
     worker.restarts += 1
     worker.deaths = 1 if now - worker.since > HEALTHY_S else worker.deaths + 1
-    if worker.futile_starts >= MAX_FUTILE_STARTS:
-        why = f"ended {worker.futile_starts} times while starting or loading; last: {reason}"
-        fleet.set_worker(worker, WorkerState.FAILED, why, now)
+    state, why = _verdict(worker, reason)
+    if state in DOWN:
+        fleet.set_worker(worker, state, why, now)
         return
     limits = fleet.config.restart
     delay = min(limits.max, limits.min * 2 ** (worker.deaths - 1))
     worker.respawn_at = now + delay * _jitter(worker)
-    fleet.set_worker(worker, WorkerState.BACKOFF, reason, now)
+    fleet.set_worker(worker, state, why, now)
+
+
+def _verdict(worker: Worker, reason: str) -> tuple[WorkerState, str]:
+    """What is to become of a worker that has ended, and why.
+
+    A GPU is never reset by us: the driver's wish for that is passed on to whoever reads the status.
+    """
+    if worker.recovery:
+        return WorkerState.QUARANTINED, f"the driver asks for {worker.recovery}"
+    if len(worker.faults) >= MAX_FAULTS:
+        why = f"{len(worker.faults)} GPU faults in {FAULTS_S / 60:g} minutes; last: {worker.reason}"
+        return WorkerState.QUARANTINED, why
+    if worker.futile_starts >= MAX_FUTILE_STARTS:
+        why = f"ended {worker.futile_starts} times while starting or loading; last: {reason}"
+        return WorkerState.FAILED, why
+    return WorkerState.BACKOFF, reason
 
 
 def _jitter(worker: Worker) -> float:
@@ -127,8 +153,10 @@ def watch(fleet: FleetState, now: float) -> None:
             _watch_start(fleet, worker, now)
         elif worker.up:
             _watch_running(fleet, worker, now)
-        elif worker.state is WorkerState.STOPPING and worker.pid and not fleet.stopping:
+        elif worker.state is WorkerState.STOPPING and worker.pid:
             _watch_leaving(fleet, worker, now)
+        if worker.killed_at is not None and now - worker.killed_at > STUCK_S:
+            _give_up(fleet, worker, now)
 
 
 def _watch_start(fleet: FleetState, worker: Worker, now: float) -> None:
@@ -151,7 +179,26 @@ def _watch_running(fleet: FleetState, worker: Worker, now: float) -> None:
 def _kill(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
     worker.reason = reason
     worker.heard_at = worker.since = now
-    fleet.emit(Signal(worker.gpu, signal.SIGKILL))
+    _signal(fleet, worker, signal.SIGKILL, now)
+
+
+def _signal(fleet: FleetState, worker: Worker, number: int, now: float) -> None:
+    if number == signal.SIGKILL and worker.killed_at is None:
+        worker.killed_at = now
+    fleet.emit(Signal(worker.gpu, number))
+
+
+def _give_up(fleet: FleetState, worker: Worker, now: float) -> None:
+    """No new worker there while the old process is; when that ends after all, one is started."""
+    worker.killed_at = None
+    why = f"pid {worker.pid} does not end: {worker.reason}"
+    task, worker.task = worker.task, None
+    for held in worker.models.values():
+        held.state = Residency.ABSENT
+    moves.forget_probes(fleet, worker.gpu)
+    fleet.set_worker(worker, WorkerState.STUCK, why, now)
+    if task is not None:
+        _settle(fleet, worker, task, why, now)
 
 
 def _strike(fleet: FleetState, worker: Worker, task: Task, now: float) -> None:
@@ -163,4 +210,4 @@ def _strike(fleet: FleetState, worker: Worker, task: Task, now: float) -> None:
         fleet.emit(Send(worker.gpu, CancelTask(task=task.id)))
     else:
         number = signal.SIGTERM if task.strikes == 2 else signal.SIGKILL
-        fleet.emit(Signal(worker.gpu, number))
+        _signal(fleet, worker, number, now)

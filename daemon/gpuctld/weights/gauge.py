@@ -30,6 +30,9 @@ class Gauge(Protocol):
     def residual(self) -> int:
         """Bytes that this process still holds on the device."""
 
+    def recovery(self) -> str:
+        """What the driver asks for after a fault of the device; empty for nothing."""
+
 
 class CpuGauge:
     """A CPU device's memory is the host's, as far as control groups let us have it."""
@@ -51,6 +54,9 @@ class CpuGauge:
         fields = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
         table = {line.split()[0]: int(line.split()[1]) * 1024 for line in fields}
         return table["Private_Clean:"] + table["Private_Dirty:"]
+
+    def recovery(self) -> str:
+        return ""
 
 
 def gauge(device: torch.device, uuid: str) -> Gauge:

@@ -33,6 +33,7 @@ class NvmlGauge:
         self._samples: dict[str, Any] = {
             "memory": {"total": 0, "used": 0, "free": 0},
             "processes": [],
+            "recovery": "",
         }
         self._start()
 
@@ -60,6 +61,9 @@ class NvmlGauge:
 
     def residual(self) -> int:
         return int(sum(size for pid, size in self._ask("processes") if pid == os.getpid()))
+
+    def recovery(self) -> str:
+        return str(self._ask("recovery"))
 
     def _ask(self, what: str) -> Any:
         with self._lock, contextlib.suppress(OSError):

@@ -143,7 +143,8 @@ class Worker:
     def _leave(self, command: Command, message: str) -> None:
         """A poisoned context is never used again: tell, and end the process."""
         error = {"code": "gpu_fault", "message": message, "hint": "the worker is replaced"}
-        self._link.send(Fault(task=_task(command), error=error))
+        recovery = self._gauge.recovery()
+        self._link.send(Fault(task=_task(command), error=error, recovery=recovery))
         self._link.close()
         os._exit(FAULT_STATUS)
 

@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+NVML_SUCCESS = 0
+NVML_FI_DEV_GET_GPU_RECOVERY_ACTION = 230
 FAULT = Path(os.environ.get("GPUCTL_TEST_NVML", ""))
 
 
@@ -30,3 +32,10 @@ def nvmlDeviceGetComputeRunningProcesses(gpu):  # noqa: N802
         SimpleNamespace(pid=os.getppid(), usedGpuMemory=7),
         SimpleNamespace(pid=1, usedGpuMemory=3),
     ]
+
+
+def nvmlDeviceGetFieldValues(gpu, fields):  # noqa: N802
+    """The driver asks for a reset while 13 bytes are in use; with 14 it knows no such field."""
+    used = int(FAULT.read_text())
+    value = SimpleNamespace(uiVal=1 if used == 13 else 0)
+    return [SimpleNamespace(nvmlReturn=int(used == 14), value=value) for _ in fields]

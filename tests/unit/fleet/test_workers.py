@@ -5,7 +5,7 @@ import signal
 from gpuctl.protocol import Generate, Load, Reload, Unload
 from gpuctld import catalog, config
 from gpuctld.fleet import effects, events
-from gpuctld.fleet.workers import SILENCE_S
+from gpuctld.fleet.workers import FAULTS_S, MAX_FAULTS, SILENCE_S, STUCK_S
 from gpuctld.messages import CancelTask, Fault, LoadModel, Probe, Probed, RunJob, Stop, UnloadModel
 
 
@@ -172,6 +172,101 @@ def test_a_sticky_error_is_told_at_once_and_the_worker_replaced(bench):
     come_back(bench, 0)
     bench.work()
     assert bench.states() == ["loaded", "loaded"]
+
+
+def gpu_fault(bench, gpu, recovery=""):
+    """The worker reports a sticky error, and its process ends."""
+    error = {"code": "gpu_fault", "message": "illegal memory access", "hint": ""}
+    bench.say(gpu, Fault(task="", error=error, recovery=recovery))
+    bench.die(gpu, "left with status 70")
+
+
+def worker(bench, gpu):
+    return bench.fleet.state.workers[gpu]
+
+
+def test_many_gpu_faults_in_a_short_time_quarantine_the_device_and_the_others_go_on(bench):
+    loaded(bench)
+    for _ in range(MAX_FAULTS - 1):
+        gpu_fault(bench, 0)
+        bench.wait(60)
+        bench.hello(0)
+        bench.work()
+    gpu_fault(bench, 0)
+    bench.wait(3600)
+    assert str(worker(bench, 0).state) == "quarantined"
+    assert "illegal memory access" in worker(bench, 0).reason
+    again = bench.ask(Reload(model="flux"))
+    bench.work()
+    assert not bench.reply(again)["ok"]
+    assert "quarantined" in bench.reply(again)["workers"][0]["error"]["message"]
+    assert not spawned(bench), "it takes more than a reload"
+    job = bench.ask(Generate(model="flux"))
+    bench.work()
+    assert bench.reply(job)["gpu"] == 1
+
+
+def test_rare_gpu_faults_do_not_quarantine(bench):
+    for _ in range(2 * MAX_FAULTS):
+        gpu_fault(bench, 0)
+        bench.wait(60)
+        bench.hello(0)
+        bench.wait(FAULTS_S)
+    assert str(worker(bench, 0).state) == "ready"
+
+
+def test_a_device_that_the_driver_wants_reset_is_quarantined_at_once(bench):
+    gpu_fault(bench, 0, "a reset of the GPU")
+    bench.wait(3600)
+    assert str(worker(bench, 0).state) == "quarantined"
+    assert "a reset of the GPU" in worker(bench, 0).reason
+    assert not spawned(bench)
+
+
+def test_a_job_that_only_a_quarantined_device_could_do_is_answered(bench):
+    loaded(bench)
+    bench.ask(Generate(model="flux", gpu=0))
+    waiting = bench.ask(Generate(model="flux", gpu=0))
+    gpu_fault(bench, 0, "a reset of the GPU")
+    bench.tick()
+    assert bench.reply(waiting)["error"]["code"] == "worker_lost"
+
+
+def test_a_process_that_survives_a_kill_makes_its_device_stuck_until_it_ends(bench):
+    loaded(bench)
+    job = bench.ask(Generate(model="flux", gpu=0))
+    pid = worker(bench, 0).pid
+    bench.tick(SILENCE_S + 1)
+    bench.wait(STUCK_S + 1)
+    assert str(worker(bench, 0).state) == "stuck"
+    assert f"pid {pid}" in worker(bench, 0).reason
+    assert bench.reply(job)["error"]["code"] == "worker_lost"
+    moved = bench.ask(Unload(gpus=[0]))
+    assert not bench.reply(moved)["ok"], "nobody says that its memory is free"
+    bench.wait(3600)
+    assert 0 not in spawned(bench), "no second process on the device"
+    bench.die(0)
+    come_back(bench, 0)
+    bench.work()
+    assert bench.states()[0] == "parked", "as the unload has asked for"
+
+
+def test_a_stuck_process_does_not_hold_up_a_stop(bench):
+    bench.tick(SILENCE_S + 1)
+    bench.die(1)
+    bench.wait(STUCK_S + 1)
+    bench.apply(events.Stopping())
+    bench.tick()
+    assert bench.fleet.stopped
+
+
+def test_a_worker_that_ignores_the_stop_is_killed(bench):
+    bench.apply(events.Stopping())
+    seen = []
+    for _ in range(15):
+        bench.wait(1)
+        seen += signals(bench)
+    assert seen == [signal.SIGKILL, signal.SIGKILL]
 
 
 def test_models_that_do_not_fit_any_more_come_back_parked_with_the_reason(bench):

@@ -36,6 +36,12 @@ def test_memory_and_processes_are_what_the_driver_says(gauge):
     assert gauge.age_s < 1
 
 
+@pytest.mark.parametrize(("used", "wish"), [("400", ""), ("13", "a reset of the GPU"), ("14", "")])
+def test_the_drivers_wish_after_a_fault(gauge, driver, used, wish):
+    driver.write_text(used)
+    assert gauge.recovery() == wish
+
+
 def test_a_hanging_driver_leaves_the_last_sample_with_its_age(gauge, driver, monkeypatch):
     gauge.memory()
     monkeypatch.setattr(nvml_gauge, "PATIENCE_S", 0.2)
