@@ -1,4 +1,4 @@
-"""Where the daemon's socket is."""
+"""Where the daemon's socket is, and others that matter."""
 
 from __future__ import annotations
 
@@ -58,3 +58,13 @@ def user_socket(environ: Mapping[str, str] = os.environ) -> Path:
     """The socket of a daemon that this user runs."""
     runtime = environ.get("XDG_RUNTIME_DIR") or f"/tmp/gpuctl-{os.getuid()}"  # noqa: S108
     return Path(runtime) / "gpuctl" / "gpuctl.sock"
+
+
+def mps_control(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The pipe of a CUDA MPS server that our processes would use, if there is one.
+
+    See the chapter "Environment Variables" of NVIDIA's documentation of MPS.
+    """
+    pipes = environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"  # noqa: S108
+    control = Path(pipes) / "control"
+    return control if control.exists() else None

@@ -17,7 +17,7 @@ import attrs
 
 import gpuctl
 from gpuctl.errors import BadConfig, GpuctlError
-from gpuctl.paths import default_socket
+from gpuctl.paths import default_socket, mps_control
 from gpuctld import catalog, config, devices, doors, entrances, forkserver, lock, logs, remote
 from gpuctld.config import Config
 from gpuctld.devices import Device
@@ -131,6 +131,8 @@ def _serve(
     def connect() -> ForkServer:
         return forkserver.attach(options.workers) if options.workers else forkserver.launch()
 
+    if any(device.is_cuda for device in crew) and (control := mps_control()):
+        log.warning("mps_in_use", extra=logs.fields(control=str(control), isolation="none"))
     controller = build(settings, crew, endpoint, private, reconfigure, connect, manager=manager)
     with contextlib.closing(controller):
         controller.run()

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from gpuctl import GpuctlError
-from gpuctl.errors import Partial, WorkerLost
-from tests.integration.daemon import FAULTY, Daemon, states
+from gpuctl.errors import GpuFault, Partial, WorkerLost
+from gpuctld.fleet.workers import MAX_FAULTS
+from tests.integration.daemon import FAULTY, Daemon, states, worker_states
 
 PROMPT = "a small green star on a white background"
 
@@ -117,3 +118,22 @@ def _runs(pid: int) -> bool:
             return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_device_whose_faults_do_not_end_is_quarantined_and_the_other_goes_on(own_daemon):
+    daemon = own_daemon(2, module=FAULTY)
+    client = daemon.client()
+    client.load("shapes")
+    sticky = {"command": "RunJob", "gpu": 1, "raise": "CUDA error: an illegal memory access"}
+    daemon.inject(sticky)
+    for _ in range(MAX_FAULTS):
+        with pytest.raises(GpuFault):
+            client.generate("shapes", PROMPT, options={"gpu": 1, "on_parked": "wait"})
+    status = daemon.wait_for(lambda s: worker_states(s) == ["ready", "quarantined"])
+    assert "illegal memory access" in status["workers"][1]["reason"]
+    assert "quarantined" in daemon.cli("status").stdout
+    assert client.generate("shapes", PROMPT)[0].width == 64
+    with pytest.raises(WorkerLost, match="quarantined"):
+        client.generate("shapes", PROMPT, options={"gpu": 1, "on_parked": "wait"})
+    daemon.cli("reload", check=4)
+    assert worker_states(client.status()) == ["ready", "quarantined"]

@@ -15,6 +15,7 @@ import click
 from gpuctl import render
 from gpuctl.cli.common import connect, json_option, print_json
 from gpuctl.errors import GpuctlError
+from gpuctl.paths import mps_control
 
 PACKAGES = ("torch", "diffusers", "transformers", "pyzmq", "msgpack", "cuda-bindings")
 GIB = 2**30
@@ -34,7 +35,8 @@ class Finding:
 @click.pass_context
 def doctor_command(ctx: click.Context, as_json: bool) -> None:
     """Look at driver, limits, memory, versions and the daemon."""
-    findings = [*_versions(), _driver(), _memlock(), _host_memory(), _peer_access(), _daemon(ctx)]
+    machine = [_driver(), _mps(), _memlock(), _host_memory(), _peer_access()]
+    findings = [*_versions(), *machine, _daemon(ctx)]
     if as_json:
         print_json({"schema": 1, "findings": [attrs.asdict(each) for each in findings]})
         return
@@ -59,6 +61,17 @@ def _driver() -> Finding:
     if not version.exists():
         return Finding("driver", "no NVIDIA driver", 'devices = ["cpu", "cpu"] works without')
     return Finding("driver", version.read_text().splitlines()[0].removeprefix("NVRM version: "))
+
+
+def _mps() -> Finding:
+    control = mps_control()
+    if control is None:
+        return Finding("MPS", "not in use")
+    return Finding(
+        "MPS",
+        f"in use: {control}",
+        "a fault in one worker ends the others: echo quit | nvidia-cuda-mps-control",
+    )
 
 
 def _memlock() -> Finding:

@@ -9,7 +9,7 @@ from gpuctl.residency import DOWN, Residency, WorkerState
 from gpuctld.fleet import jobs, moves
 from gpuctld.fleet.effects import Send, Signal, Spawn
 from gpuctld.fleet.state import FleetState, Task, Worker
-from gpuctld.messages import CancelTask, Fault, Hello, Suspended
+from gpuctld.messages import CancelTask, Fault, Hello, Stop, Suspended
 
 SILENCE_S = 10.0
 """Without a beat for that long the process is stopped or holds its interpreter lock."""
@@ -93,6 +93,7 @@ def fault(fleet: FleetState, worker: Worker, message: Fault, now: float) -> None
     worker.faults = [at for at in worker.faults if now - at < FAULTS_S] + [now]
     worker.recovery = message.recovery
     fleet.set_worker(worker, WorkerState.STOPPING, error["message"], now)
+    fleet.emit(Send(worker.gpu, Stop()))
     if task is not None:
         _fail_task(fleet, worker, task, GpuFault(error["message"], error["hint"]), now)
 

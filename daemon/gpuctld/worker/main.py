@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import sys
@@ -52,6 +53,7 @@ STICKY = (
 """Errors after which CUDA answers every call with the same error until the process ends."""
 
 FAULT_STATUS = 70
+DISMISSAL_S = 2.0
 
 CPU_NICENESS = 10
 """A worker that computes on the CPU gives way to the controller, which must answer at once."""
@@ -145,8 +147,14 @@ class Worker:
         error = {"code": "gpu_fault", "message": message, "hint": "the worker is replaced"}
         recovery = self._gauge.recovery()
         self._link.send(Fault(task=_task(command), error=error, recovery=recovery))
-        self._link.close()
+        self._await_dismissal()
         os._exit(FAULT_STATUS)
+
+    def _await_dismissal(self) -> None:
+        """Until the controller has heard us: it sees our end sooner than what we said before it."""
+        with contextlib.suppress(queue.Empty):
+            while not isinstance(self._link.inbox.get(timeout=DISMISSAL_S)[0], Stop):
+                pass
 
     # --- models -----------------------------------------------------------------------------
 
