@@ -32,7 +32,7 @@ def summary(found: Found) -> str:
     lines = [
         f"{found['count']} in {found['seconds']:.0f} s, {len(found['wrongs'])} failures",
         *[f"  WRONG: {wrong}" for wrong in found["wrongs"]],
-        f"  back after {_spread(found['took_s'])}",
+        f"  back after {_spread(found['took_s'])}; {found['revived']} revived",
         f"  {found['requests']} requests: {codes}",
         f"  status after {_spread(found['status_s'])}",
         f"  memory {_growth(found)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -24,12 +25,17 @@ GONE_S = 2.0
 
 @attrs.define
 class Trial:
-    """One run of a scenario: what it acts on, and what it finds wrong."""
+    """One run of a scenario: what it acts on, and what it finds wrong.
+
+    ``revived``: workers that were given up after three deaths in a row while they loaded, as they
+    should be, and that a command brought back.
+    """
 
     arena: Arena
     ledger: Ledger
     dice: random.Random
     wrongs: list[str] = attrs.field(factory=list)
+    revived: int = 0
 
     def crowd(self, *parts: Choose) -> Crowd:
         """Clients whose every request must be answered once."""
@@ -90,8 +96,11 @@ def _risen(trial: Trial, down: dict[int, Struck], status: dict, now: float) -> l
         if struck.gone_at is None and not runs(struck.pid):
             struck.gone_at = now
             _set_faults(trial, down)
-        if worker["state"] == "failed":  # three deaths in a row while loading: a person has to ask
-            trial.arena.daemon.cli("load", MODEL, check=None)
+        if worker["state"] == "failed":
+            trial.revived += 1
+            trial.arena.daemon.popen("load", MODEL, stdout=subprocess.DEVNULL)
+            del down[worker["gpu"]]
+            continue
         replaced = worker["state"] == "ready" and worker["pid"] != struck.pid
         if struck.gone_at is not None and replaced:
             took.append(now - struck.gone_at)

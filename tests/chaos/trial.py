@@ -46,6 +46,7 @@ def run(
         "host": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "seconds": time.monotonic() - began,
         "wrongs": trial.wrongs,
+        "revived": trial.revived,
         "took_s": took,
         "requests": len(trial.ledger.asked),
         "codes": dict(trial.ledger.codes),
