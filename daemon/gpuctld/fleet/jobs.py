@@ -17,7 +17,7 @@ from gpuctl.errors import (
 )
 from gpuctl.protocol import Generate
 from gpuctl.residency import DOWN, JobState, Residency, Tier
-from gpuctld.fleet import moves, placement, report
+from gpuctld.fleet import operations, outcomes, placement, report
 from gpuctld.fleet.effects import Answer, Send
 from gpuctld.fleet.events import Requested
 from gpuctld.fleet.state import FleetState, Job, Operation, Purpose, Step, Task, Worker
@@ -107,7 +107,7 @@ def _reload_for(fleet: FleetState, job: Job, now: float) -> None:
     id_ = f"for-{job.id}"
     steps = [Step(worker.gpu, job.model, Tier.DEVICE, id_) for worker in workers]
     if steps:
-        moves.begin(fleet, Operation(id_, "reload", steps, now, purpose=Purpose.NOBODY))
+        operations.begin(fleet, Operation(id_, "reload", steps, now, purpose=Purpose.NOBODY))
 
 
 # --- running --------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def give_up(fleet: FleetState, now: float) -> None:
     for job in list(fleet.jobs.values()):
         workers = placement.eligible(fleet, job)
         if job.state is JobState.QUEUED and all(worker.state in DOWN for worker in workers):
-            failed(fleet, job, moves.lost_worker(workers[0]).to_map(), now)
+            failed(fleet, job, outcomes.lost_worker(workers[0]).to_map(), now)
 
 
 def refuse_stranded(fleet: FleetState, now: float) -> None:

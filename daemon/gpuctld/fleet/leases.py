@@ -19,7 +19,7 @@ from gpuctl.errors import (
 )
 from gpuctl.protocol import LeaseAcquire, LeaseRelease, LeaseRenew
 from gpuctl.residency import Tier
-from gpuctld.fleet import moves, placement, report
+from gpuctld.fleet import moves, operations, placement, preflight, report
 from gpuctld.fleet.effects import Answer, Send, UnwatchProcess, WatchProcess
 from gpuctld.fleet.events import Peer, Requested
 from gpuctld.fleet.state import FleetState, Lease, LeaseState, Operation, Purpose, Step, Worker
@@ -139,7 +139,7 @@ def _begin(fleet: FleetState, lease: Lease, now: float) -> None:
         abort_jobs=lease.abort_jobs,
         deadline=lease.deadline,
     )
-    moves.begin(fleet, operation)
+    operations.begin(fleet, operation)
     _publish(fleet, lease)
 
 
@@ -180,7 +180,7 @@ def _probe(fleet: FleetState, lease: Lease, now: float) -> None:
 
 
 def _ask_silent(fleet: FleetState, lease: Lease, now: float) -> None:
-    lease.probe_at = now + moves.REPROBE_S
+    lease.probe_at = now + preflight.REPROBE_S
     for gpu in lease.gpus:
         if gpu not in lease.probes and fleet.workers[gpu].up:
             fleet.emit(Send(gpu, Probe(task=lease.id)))
@@ -332,7 +332,7 @@ def end(fleet: FleetState, lease: Lease, now: float, wait_s: float) -> None:
         lease=lease.id,
         wait_until=now + wait_s,
     )
-    moves.begin(fleet, operation)
+    operations.begin(fleet, operation)
     _publish(fleet, lease)
 
 

@@ -14,7 +14,17 @@ from gpuctl.residency import JobState, Residency, Tier, WorkerState
 from gpuctld.catalog import Catalog
 from gpuctld.config import Config
 from gpuctld.devices import Device
-from gpuctld.fleet import jobs, leases, moves, phases, report, workers
+from gpuctld.fleet import (
+    jobs,
+    leases,
+    moves,
+    operations,
+    outcomes,
+    phases,
+    preflight,
+    report,
+    workers,
+)
 from gpuctld.fleet.effects import Answer, Effect, Send
 from gpuctld.fleet.events import (
     ClientGone,
@@ -87,7 +97,7 @@ class Fleet:
 
     def _advance(self, now: float) -> None:
         leases.advance(self.state, now)
-        while ended := moves.advance(self.state, now):
+        while ended := operations.advance(self.state, now):
             for operation in ended:
                 self._ended(operation, now)
             leases.advance(self.state, now)
@@ -131,7 +141,7 @@ class Fleet:
         if lease is not None:
             leases.cancel(self.state, lease, event.peer, why, now)
             return True
-        return moves.cancel(self.state, target, why, now)
+        return operations.cancel(self.state, target, why, now)
 
     def _lease_list(self, event: Requested, now: float) -> None:
         id_ = event.request.id
@@ -181,7 +191,7 @@ class Fleet:
         message: Probed = event.message
         workers.heard(worker, message.memory, now)
         probe = {"memory": message.memory, "foreign": message.foreign}
-        moves.probed(self.state, message.task, worker.gpu, probe)
+        preflight.probed(self.state, message.task, worker.gpu, probe)
         leases.probed(self.state, message.task, worker.gpu, probe, now)
 
     def _progress(self, worker: Worker, event: Heard, now: float) -> None:
@@ -192,7 +202,7 @@ class Fleet:
         if task.job is not None:
             jobs.stepped(self.state, worker, task.job, message.done, message.total, now)
         elif task.step is not None:
-            moves.progress(self.state, task.step, message.done, message.total)
+            outcomes.progress(self.state, task.step, message.done, message.total)
 
     def _done(self, worker: Worker, event: Heard, now: float) -> None:
         message: Done = event.message
@@ -200,7 +210,7 @@ class Fleet:
         if task.job is not None:
             jobs.finished(self.state, task.job, message.result, event.blobs, now)
         elif task.step is not None:
-            moves.done(self.state, worker, task.step, message.result, now)
+            outcomes.done(self.state, worker, task.step, message.result, now)
 
     def _failed(self, worker: Worker, event: Heard, now: float) -> None:
         message: Failed = event.message
@@ -208,7 +218,7 @@ class Fleet:
         if task.job is not None:
             jobs.failed(self.state, task.job, message.error, now)
         elif task.step is not None:
-            moves.failed(self.state, worker, task.step, message.error, now)
+            outcomes.failed(self.state, worker, task.step, message.error, now)
 
     def _fault(self, worker: Worker, event: Heard, now: float) -> None:
         workers.fault(self.state, worker, event.message, now)
@@ -243,7 +253,7 @@ class Fleet:
         holders = [worker for worker, _ in self.state.holders(model)]
         steps = moves.unload_steps(holders, id_, Tier.DISK, model)
         operation = Operation(id_, "unload", steps, now, purpose=Purpose.NOBODY)
-        moves.begin(self.state, operation)
+        operations.begin(self.state, operation)
 
     def _stopping(self, event: Stopping, now: float) -> None:
         """Refuse new work, drop what waits; what runs may finish until the limit."""
@@ -251,7 +261,7 @@ class Fleet:
         self._stop_at = now + self.state.config.deadlines.stop / 2
         why = Cancelled("the daemon is stopping")
         for operation in list(self.state.operations):
-            moves.cancel(self.state, operation.id, why, now)
+            operations.cancel(self.state, operation.id, why, now)
         for job in list(self.state.jobs.values()):
             if job.state is JobState.QUEUED:
                 jobs.cancel(self.state, job, why, now)
@@ -270,7 +280,7 @@ class Fleet:
     def _tick(self, event: Tick, now: float) -> None:
         workers.watch(self.state, now)
         workers.respawn(self.state, now)
-        moves.expire(self.state, now)
+        operations.expire(self.state, now)
         jobs.expire(self.state, now)
         jobs.give_up(self.state, now)
         leases.expire(self.state, now)
@@ -301,7 +311,7 @@ class Fleet:
         loaded = [w for w, held in self.state.holders(model) if held.state is Residency.LOADED]
         steps = moves.unload_steps(loaded, id_, Tier.HOST, model)
         operation = Operation(id_, "unload", steps, now, purpose=Purpose.NOBODY)
-        moves.begin(self.state, operation)
+        operations.begin(self.state, operation)
 
 
 def _settled(worker: Worker, task_id: str) -> Task:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gpuctl.errors import BadRequest
 from gpuctl.protocol import Phase
 from gpuctl.residency import Residency, Tier
-from gpuctld.fleet import moves
+from gpuctld.fleet import moves, operations
 from gpuctld.fleet.state import FleetState, Operation, Step, Worker
 
 
@@ -28,7 +28,7 @@ def enter(fleet: FleetState, request: Phase, now: float) -> None:
     operation = Operation(
         request.id, "phase", steps, now, abort_jobs=request.mode == "abort", deadline=deadline
     )
-    moves.begin(fleet, operation)
+    operations.begin(fleet, operation)
 
 
 def _away(worker: Worker, loaded: list[str], operation: str) -> list[Step]:

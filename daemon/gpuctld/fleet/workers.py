@@ -6,7 +6,7 @@ import signal
 
 from gpuctl.errors import GpuctlError, GpuFault, WorkerLost
 from gpuctl.residency import DOWN, Residency, WorkerState
-from gpuctld.fleet import jobs, moves
+from gpuctld.fleet import jobs, operations, outcomes, preflight
 from gpuctld.fleet.effects import Send, Signal, Spawn
 from gpuctld.fleet.state import FleetState, Task, Worker
 from gpuctld.messages import CancelTask, Fault, Hello, Stop, Suspended
@@ -35,7 +35,7 @@ def hello(fleet: FleetState, worker: Worker, message: Hello, now: float) -> None
     worker.pid = message.pid
     heard(worker, message.memory, now)
     fleet.set_worker(worker, WorkerState.READY, "", now)
-    moves.restore(fleet, worker, now)
+    operations.restore(fleet, worker, now)
 
 
 def heard(worker: Worker, memory: dict[str, int], now: float, age_s: float = 0.0) -> None:
@@ -66,7 +66,7 @@ def died(fleet: FleetState, worker: Worker, reason: str, now: float) -> None:
         worker.futile_starts += 1
     worker.context_bytes = 0
     worker.killed_at = None
-    moves.forget_probes(fleet, worker.gpu)
+    preflight.forget_probes(fleet, worker.gpu)
     if task is not None:
         _settle(fleet, worker, task, reason, now)
     _plan_restart(fleet, worker, reason, now)
@@ -81,7 +81,7 @@ def _fail_task(
     fleet: FleetState, worker: Worker, task: Task, error: GpuctlError, now: float
 ) -> None:
     if task.step is not None:
-        moves.lost(fleet, worker, task.step, error, now)
+        outcomes.lost(fleet, worker, task.step, error, now)
     elif task.job is not None:
         jobs.failed(fleet, task.job, error.to_map(), now)
 
@@ -196,7 +196,7 @@ def _give_up(fleet: FleetState, worker: Worker, now: float) -> None:
     task, worker.task = worker.task, None
     for held in worker.models.values():
         held.state = Residency.ABSENT
-    moves.forget_probes(fleet, worker.gpu)
+    preflight.forget_probes(fleet, worker.gpu)
     fleet.set_worker(worker, WorkerState.STUCK, why, now)
     if task is not None:
         _settle(fleet, worker, task, why, now)

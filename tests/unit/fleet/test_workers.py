@@ -251,6 +251,16 @@ def test_a_process_that_survives_a_kill_makes_its_device_stuck_until_it_ends(ben
     assert bench.states()[0] == "parked", "as the unload has asked for"
 
 
+def test_an_unload_of_a_process_that_gets_stuck_is_not_said_to_have_freed_anything(bench):
+    loaded(bench)
+    id_ = bench.ask(Unload(gpus=[0]))
+    bench.take(UnloadModel)
+    bench.tick(SILENCE_S + 1)
+    bench.wait(STUCK_S + 1)
+    assert str(worker(bench, 0).state) == "stuck"
+    assert not bench.reply(id_)["ok"]
+
+
 def test_a_stuck_process_does_not_hold_up_a_stop(bench):
     bench.tick(SILENCE_S + 1)
     bench.die(1)
