@@ -52,7 +52,5 @@ def run(
         "codes": dict(trial.ledger.codes),
         "status_s": trial.ledger.glances_s,
         "growth_mib_per_h": arena.growth_mib_per_h(),
-        "memory_mib": [size for _, size in arena.memory_mib][
-            :: max(1, len(arena.memory_mib) // 60)
-        ],
+        "memory_mib": [arena.memory_mib[0][1], arena.memory_mib[-1][1]],
     }
