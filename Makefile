@@ -23,7 +23,7 @@ help:
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
 	    --editable '.[daemon,test]' > $(PIP_LOG) 2>&1 || { cat $(PIP_LOG); exit 1; }
 	@touch $@
 

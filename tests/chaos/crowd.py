@@ -107,7 +107,7 @@ def draw(dice: random.Random) -> Request:
     """A picture; the seed is the mark by which a second run of it would be seen."""
     params = {"prompt": PROMPT, "num_inference_steps": STEPS}
     return protocol.Generate(
-        model=MODEL, params=params, seed=dice.randrange(2**62), on_parked="wait", timeout_s=60
+        model=MODEL, params=params, seed=dice.randrange(2**62), on_parked="reload", timeout_s=60
     )
 
 
@@ -117,7 +117,7 @@ def glance(_: random.Random) -> Request:
 
 
 def move(dice: random.Random) -> Request:
-    """There and back, so that most pictures find a model that is loaded."""
+    """Away and back, more often back."""
     gpus = dice.choice([None, [0], [1]])
     moves = [
         protocol.Unload(model=MODEL, gpus=gpus),

@@ -18,6 +18,12 @@ CPU = torch.device("cpu")
 CYCLES = 3
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A child that is forked from a process with OpenMP's pool of threads would wait for them."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=families.FAMILIES)
 def name(request):
     return request.param
