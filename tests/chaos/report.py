@@ -18,6 +18,10 @@ stopped and broken. Written by `python -m tests.chaos report`; no figure here wa
 A trial fails if a request has no answer or two, a job runs twice, a worker or the models do not
 come back, a seeded picture changes, a process, a file or descriptors are left behind. No failure
 in N tries means fewer than 3 / N with 95 % confidence.
+
+"Back" runs from the end of a process: the silence before a stopped worker is ended (10 s) comes on
+top. While the daemon itself is stopped, `status` waits for as long. Answers to clients whose daemon
+is killed are not counted: they end with its connection.
 """
 
 COLUMNS = (

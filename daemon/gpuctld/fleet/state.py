@@ -269,6 +269,7 @@ class FleetState:
     stopping: bool = False
     effects: list[Effect] = attrs.field(factory=list)
     restores: int = 0
+    watched_at: float = 0.0
 
     def emit(self, effect: Effect) -> None:
         """Have the controller do something after this turn."""

@@ -14,6 +14,9 @@ from gpuctld.messages import CancelTask, Fault, Hello, Stop, Suspended
 SILENCE_S = 10.0
 """Without a beat for that long the process is stopped or holds its interpreter lock."""
 
+STANDSTILL_S = 3.0
+"""Between two looks at the workers, which come twice a second: longer, and we did not run."""
+
 STRIKE_S = 10.0
 """Between cancel, SIGTERM and SIGKILL: hard kills have frozen GPUs, so they come last."""
 
@@ -149,6 +152,9 @@ def respawn(fleet: FleetState, now: float) -> None:
 
 def watch(fleet: FleetState, now: float) -> None:
     """Escalate against workers that are silent, or past a deadline."""
+    if now - fleet.watched_at > STANDSTILL_S:
+        _hear_again(fleet, now)
+    fleet.watched_at = now
     for worker in fleet.workers.values():
         if worker.state is WorkerState.STARTING and worker.pid:
             _watch_start(fleet, worker, now)
@@ -158,6 +164,12 @@ def watch(fleet: FleetState, now: float) -> None:
             _watch_leaving(fleet, worker, now)
         if worker.killed_at is not None and now - worker.killed_at > STUCK_S:
             _give_up(fleet, worker, now)
+
+
+def _hear_again(fleet: FleetState, now: float) -> None:
+    """We were stopped ourselves: what the workers said meanwhile may still be on its way."""
+    for worker in fleet.workers.values():
+        worker.heard_at = now
 
 
 def _watch_start(fleet: FleetState, worker: Worker, now: float) -> None:

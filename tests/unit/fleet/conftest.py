@@ -97,6 +97,12 @@ class Bench:
             worker.heard_at = self.now + seconds
         self.tick(seconds)
 
+    def silence(self, seconds: float) -> None:
+        """Let time pass without a word from the workers; the last turn's effects stand."""
+        self.now += seconds - 1
+        self.fleet.state.watched_at = self.now
+        self.tick(1)
+
     def die(self, gpu: int, reason: str = "killed by SIGKILL") -> None:
         self.sent = [(other, command) for other, command in self.sent if other != gpu]
         self.apply(events.Died(gpu, reason))

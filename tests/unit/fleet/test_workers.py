@@ -137,8 +137,15 @@ def test_three_deaths_while_starting_are_the_end_until_somebody_asks(make_bench)
 
 
 def test_a_silent_worker_is_killed(bench):
-    bench.tick(SILENCE_S + 1)
+    bench.silence(SILENCE_S + 1)
     assert signals(bench) == [signal.SIGKILL, signal.SIGKILL]
+
+
+def test_a_standstill_of_the_daemon_is_no_silence_of_the_workers(bench):
+    bench.tick(3 * SILENCE_S)
+    assert signals(bench) == []
+    bench.silence(SILENCE_S + 1)
+    assert set(signals(bench)) == {signal.SIGKILL}
 
 
 def test_a_stuck_job_is_cancelled_then_terminated_then_killed(bench):
@@ -236,7 +243,7 @@ def test_a_process_that_survives_a_kill_makes_its_device_stuck_until_it_ends(ben
     loaded(bench)
     job = bench.ask(Generate(model="flux", gpu=0))
     pid = worker(bench, 0).pid
-    bench.tick(SILENCE_S + 1)
+    bench.silence(SILENCE_S + 1)
     bench.wait(STUCK_S + 1)
     assert str(worker(bench, 0).state) == "stuck"
     assert f"pid {pid}" in worker(bench, 0).reason
@@ -255,14 +262,14 @@ def test_an_unload_of_a_process_that_gets_stuck_is_not_said_to_have_freed_anythi
     loaded(bench)
     id_ = bench.ask(Unload(gpus=[0]))
     bench.take(UnloadModel)
-    bench.tick(SILENCE_S + 1)
+    bench.silence(SILENCE_S + 1)
     bench.wait(STUCK_S + 1)
     assert str(worker(bench, 0).state) == "stuck"
     assert not bench.reply(id_)["ok"]
 
 
 def test_a_stuck_process_does_not_hold_up_a_stop(bench):
-    bench.tick(SILENCE_S + 1)
+    bench.silence(SILENCE_S + 1)
     bench.die(1)
     bench.wait(STUCK_S + 1)
     bench.apply(events.Stopping())
