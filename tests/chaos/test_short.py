@@ -19,8 +19,8 @@ ATTACKS = {
     "sticky-faults": 20,
     "mixed": 3,
     "controller-stops": 5,
-    "controller-kills": 10,
-    "stops-under-load": 20,
+    "controller-kills": 4,
+    "stops-under-load": 10,
 }
 
 
