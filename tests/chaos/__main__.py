@@ -14,16 +14,6 @@ from tests.chaos import report, trial
 from tests.chaos.scenarios import SCENARIOS
 from tests.integration.fork_servers import ForkServers
 
-AT_LENGTH = {
-    "worker-kills": 1_000,
-    "worker-stops": 200,
-    "sticky-faults": 500,
-    "mixed": 1_000,
-    "controller-stops": 50,
-    "controller-kills": 100,
-    "stops-under-load": 500,
-}
-
 
 def main() -> int:
     options = _parser().parse_args()
@@ -35,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("attack", help="run one scenario")
     one.add_argument("scenario", choices=SCENARIOS)
-    one.add_argument("--count", type=int, required=True, help="blows, kills or stops")
+    one.add_argument("--count", type=int, help="of blows, connections, ...; default: at length")
     one.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     one.set_defaults(run=_one)
     every = commands.add_parser("all", help="run every scenario at length and write the page")
@@ -50,30 +40,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _one(options: argparse.Namespace) -> int:
-    found = _attack(options.scenario, options.count, options.seed, options.out)
+    count = options.count or SCENARIOS[options.scenario].at_length
+    found = _attack(options.scenario, count, options.seed, options.out)
     return 1 if found["wrongs"] else 0
 
 
 def _all(options: argparse.Namespace) -> int:
     failed = 0
-    for scenario, count in AT_LENGTH.items():
+    for name, scenario in SCENARIOS.items():
         seed = time.time_ns() % 2**32
-        found = _attack(scenario, max(1, round(count * options.part)), seed, options.out)
+        count = max(1, round(scenario.at_length * options.part))
+        found = _attack(name, count, seed, options.out)
         failed += bool(found["wrongs"])
     return 1 if failed else 0
 
 
-def _attack(scenario: str, count: int, seed: int, out: Path) -> dict[str, Any]:
-    sys.stdout.write(f"{scenario}, {count} times, seed {seed}\n")
+def _attack(name: str, count: int, seed: int, out: Path) -> dict[str, Any]:
+    sys.stdout.write(f"{name}, {count} times, seed {seed}\n")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory() as home:
         fork_servers = ForkServers(Path(home) / "fork-servers")
         try:
-            found = trial.run(scenario, count, seed, Path(home), fork_servers)
+            found = trial.run(name, SCENARIOS[name], count, seed, Path(home), fork_servers)
         finally:
             fork_servers.end()
     out.mkdir(exist_ok=True)
-    (out / f"{scenario}.json").write_text(json.dumps(found, indent=1))
+    (out / f"{name}.json").write_text(json.dumps(found, indent=1))
     sys.stdout.write(report.summary(found))
     return found
 

@@ -30,14 +30,31 @@ class Arena:
     """Starts the daemon, and watches its process from the start to the end.
 
     ``silence_s``: after how long without a sign of life a worker counts as stopped, if not 10 s.
+    ``under`` is a command that starts the daemon, ``more`` is added to its configuration.
     """
 
-    def __init__(self, home: Path, fork_servers: ForkServers, silence_s: float | None = None):
+    def __init__(
+        self,
+        home: Path,
+        fork_servers: ForkServers,
+        silence_s: float | None = None,
+        *,
+        device: str = "cpu",
+        under: tuple[str, ...] = (),
+        more: str = "",
+    ) -> None:
         home.mkdir(parents=True)
-        under = ["env", f"GPUCTL_TEST_MAX_FAULTS={FAULTS}"]
-        under += [] if silence_s is None else [f"GPUCTL_TEST_SILENCE_S={silence_s}"]
+        self.device = device
+        environ = [f"GPUCTL_TEST_MAX_FAULTS={FAULTS}"]
+        environ += [] if silence_s is None else [f"GPUCTL_TEST_SILENCE_S={silence_s}"]
         self.daemon = Daemon(
-            home, WORKERS, module=FAULTY, under=tuple(under), fork_servers=fork_servers
+            home,
+            WORKERS,
+            module=FAULTY,
+            device=device,
+            more=more,
+            under=("env", *environ, *under),
+            fork_servers=fork_servers,
         )
         quick = self.daemon.config.read_text().replace('max = "1s"', 'max = "300ms"')
         self.daemon.config.write_text(quick)
@@ -65,6 +82,15 @@ class Arena:
     @property
     def descriptors(self) -> int:
         return self._process.num_fds()
+
+    def closes_down_to(self, number: int, seconds: float) -> bool:
+        """Whether the daemon has no more descriptors than that, at the latest after a while."""
+        deadline = time.monotonic() + seconds
+        while self.descriptors > number:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def growth_mib_per_h(self) -> float | None:
         """Slope of the daemon's memory after its warm-up; ``None`` for runs under five minutes."""

@@ -25,4 +25,5 @@ STICKY = Blow(
     fault={"command": "RunJob", "raise": "CUDA error: an illegal memory access was encountered"},
 )
 """After such an error nothing works in the process any more."""
-ALL = {blow.name: blow for blow in (KILL, STOP, STICKY)}
+CUDA = Blow("cuda", fault={"command": "RunJob", "poison": True})
+"""The same in earnest."""

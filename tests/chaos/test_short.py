@@ -9,26 +9,28 @@ import sys
 import pytest
 
 from tests.chaos import report, trial
+from tests.chaos.scenarios import SCENARIOS
 
 SILENCE_S = 2.5
 """Instead of 10 s, so that ten stopped workers do not take minutes."""
-
-ATTACKS = {
-    "worker-kills": 100,
-    "worker-stops": 10,
-    "sticky-faults": 20,
-    "mixed": 3,
-    "controller-stops": 5,
-    "controller-kills": 4,
-    "stops-under-load": 10,
-}
+PATIENCE = 5.0
+"""Other tests run beside these."""
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("scenario", ATTACKS)
-def test_all_is_well_after(scenario, fork_servers, tmp_path):
+@pytest.mark.parametrize("name", [name for name, each in SCENARIOS.items() if each.in_ci])
+def test_all_is_well_after(name, fork_servers, tmp_path):
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(2**32)))
     sys.stdout.write(f"SEED={seed}\n")
-    found = trial.run(scenario, ATTACKS[scenario], seed, tmp_path, fork_servers, SILENCE_S)
+    found = trial.run(
+        name,
+        SCENARIOS[name],
+        SCENARIOS[name].in_ci,
+        seed,
+        tmp_path,
+        fork_servers,
+        silence_s=SILENCE_S,
+        patience=PATIENCE,
+    )
     sys.stdout.write(report.summary(found))
     assert found["wrongs"] == []

@@ -2,6 +2,7 @@
 
 Before each command it reads the JSON file that $GPUCTL_TEST_FAULTS names: a list of
 ``{"command": "UnloadModel", "gpu": 1, "delay_s": 2, "raise": "...", "die": true, "stop": true}``.
+``"poison": true`` has a kernel fail on the GPU, after which nothing works in the process any more.
 ``{"crowd": {"pid": 7, "name": "trainer", "bytes": 18000000}, "total": 20000000}`` has every device
 look as if it had ``total`` bytes and another process held some of them.
 
@@ -16,6 +17,8 @@ import signal
 import socket
 import time
 from pathlib import Path
+
+import torch
 
 from gpuctld.messages import RunJob
 from gpuctld.supervisor import WorkerSpec
@@ -35,7 +38,9 @@ class FaultyWorker(worker_main.Worker):
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault.get("stop"):
                 os.kill(os.getpid(), signal.SIGSTOP)
-            if "raise" in fault:
+            if fault.get("poison"):
+                self._handlers[type(command)] = _poison
+            elif "raise" in fault:
                 self._handlers[type(command)] = _raiser(fault["raise"])
             else:
                 self._handlers[type(command)] = self._originals[type(command)]
@@ -78,6 +83,12 @@ def _note(seed: int) -> None:
 def _crowd() -> dict | None:
     faults = json.loads(Path(os.environ["GPUCTL_TEST_FAULTS"]).read_text())
     return next((fault for fault in faults if "crowd" in fault), None)
+
+
+def _poison(*_: object) -> None:
+    """An assertion of torch's indexing kernel fails on the device: the context is lost."""
+    torch.zeros(1, device="cuda")[torch.ones(1, dtype=torch.long, device="cuda")]
+    torch.cuda.synchronize()
 
 
 def _raiser(message: str):

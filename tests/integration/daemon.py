@@ -61,8 +61,8 @@ class Daemon:
         self.config = home / "config.toml"
         self.config.write_text(CONFIG.format(home=home) + more)
         self.inject()
-        self._command = [*under, sys.executable, "-m", module, "--config", str(self.config)]
-        self._command += ["--socket", self.endpoint, "--devices", ",".join([device] * workers)]
+        self.command = [*under, sys.executable, "-m", module, "--config", str(self.config)]
+        self.command += ["--socket", self.endpoint, "--devices", ",".join([device] * workers)]
         self._fork_servers = fork_servers
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -100,7 +100,7 @@ class Daemon:
         raise AssertionError(self.log)
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        command = [*self._command]
+        command = [*self.command]
         lent = self._fork_servers.borrow(self.environ) if self._fork_servers else None
         if lent:
             command += ["--workers", str(lent.path)]
