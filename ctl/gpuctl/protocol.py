@@ -371,7 +371,10 @@ def _check_size(value: Any) -> None:
 
 
 def _children(node: Any) -> list[Any]:
+    """What a list or a map holds; msgpack's strictness lets keys of bytes pass."""
     if isinstance(node, dict):
+        if not all(isinstance(key, str) for key in node):
+            raise TypeError("a key that is not a string")
         return list(node.values())
     return node if isinstance(node, list) else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,15 +13,20 @@ import zmq
 
 from gpuctl import protocol
 from gpuctl.errors import BadConfig, BadRequest
+from gpuctld import logs
 from gpuctld.entrances import DescriptorGuard, Entrance, IpcEntrance
 from gpuctld.fleet.events import Peer
 from gpuctld.remote import Remote, TcpEntrance
 
+log = logging.getLogger(__name__)
+
 IPC = "ipc://"
 HANDSHAKE_MS = 2_000
 QUEUE = 1_000
+"""Answers and events that wait for a client; what goes beyond is dropped."""
 TURN = 64
-"""Messages taken in one turn of the loop, so that a flood does not starve the workers."""
+"""Messages taken in one turn of the loop, so that a flood does not starve the workers; no more of
+one client's wait in memory, so that large ones cannot fill it."""
 MAX_PARTS = 4 + protocol.MAX_BLOBS
 """Connection, delimiter, version and map stand before the blobs."""
 
@@ -48,7 +54,7 @@ class Door:
         self.socket.set(zmq.SNDTIMEO, 0)
         self.socket.set(zmq.LINGER, 500)
         self.socket.set(zmq.SNDHWM, QUEUE)
-        self.socket.set(zmq.RCVHWM, QUEUE)
+        self.socket.set(zmq.RCVHWM, TURN)
         self.socket.set(zmq.MAXMSGSIZE, protocol.MAX_BLOB_BYTES)
         self.socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._skipping = False
@@ -172,7 +178,13 @@ def read(incoming: Incoming) -> tuple[Any, bytes, list[Any]]:
         BadRequest: with the request's id in ``args`` of the message where it can be read.
     """
     body = incoming.frames[1].bytes
-    request = protocol.request_from_map(protocol.decode_map(body))
+    try:
+        request = protocol.request_from_map(protocol.decode_map(body))
+    except BadRequest:
+        raise
+    except Exception as bug:  # strangers' bytes must not end the daemon, whatever we overlooked
+        log.exception("request_not_understood", extra=logs.fields(body=body[:256].hex()))
+        raise BadRequest("not understood, which is a bug: please report it") from bug
     return request, body, list(incoming.frames[2:])
 
 

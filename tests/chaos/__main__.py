@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -64,7 +65,8 @@ def _attack(name: str, count: int, seed: int, out: Path) -> dict[str, Any]:
             found = trial.run(name, SCENARIOS[name], count, seed, Path(home), fork_servers)
         finally:
             fork_servers.end()
-    out.mkdir(exist_ok=True)
+            out.mkdir(exist_ok=True)
+            shutil.copy(Path(home) / name / "log", out / f"{name}.log")  # what the daemon said
     (out / f"{name}.json").write_text(json.dumps(found, indent=1))
     sys.stdout.write(report.summary(found))
     return found

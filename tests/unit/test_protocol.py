@@ -90,6 +90,8 @@ def nested(depth):
         b"\x81\xa1a",
         msgpack.packb([1, 2]),
         msgpack.packb({1: 2}),
+        msgpack.packb({"op": "status", b"a": 2}),
+        msgpack.packb({"a": {b"b": 2}}),
         msgpack.packb({"a": nested(17)}),
         msgpack.packb({"a": [[]] * 10_001}),
         msgpack.packb({"a": msgpack.ExtType(1, b"x")}),
