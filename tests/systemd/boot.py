@@ -88,7 +88,8 @@ def mounts(spec: dict) -> None:
 
 
 def devices(dev: Path) -> None:
-    for node in NODES:
+    gpus = [node.name for node in Path("/dev").glob("nvidia*") if node.is_char_device()]
+    for node in (*NODES, *gpus):
         bind(f"/dev/{node}", dev / node)
     (dev / "pts").mkdir()
     (dev / "shm").mkdir()

@@ -39,14 +39,31 @@ def binds(stage: Path) -> list[tuple[str, str]]:
         (str(stage / "models"), MODELS),
         (sys.base_prefix, "/opt/test/base"),
         (str(Path(sysconfig.get_path("purelib")).parents[1]), "/opt/test/venv/lib"),
+        *[(place, f"/opt/test/more/{number}") for number, place in enumerate(more_packages())],
+        *[(place, place) for place in driver_mounts()],
     ]
+
+
+def more_packages() -> list[str]:
+    """Folders outside the checkout that whoever runs the tests has added for Python."""
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [each for each in places if each and not Path(each).is_relative_to(CHECKOUT)]
+
+
+def driver_mounts() -> list[str]:
+    """Where a container or a virtual machine has got its NVIDIA driver from outside."""
+    points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    kernels = ("/dev/", "/proc/", "/sys/")
+    return [each for each in points if "nvidia" in each and not each.startswith(kernels)]
 
 
 def interpreter() -> str:
     """A shell script that is the tests' Python inside of the machine."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    path = ":".join(f"{SOURCE}/{room}" for room in ("ctl", "daemon"))
-    libraries = "/opt/test/base/lib"
+    rooms = [f"{SOURCE}/{room}" for room in ("ctl", "daemon")]
+    path = ":".join([*rooms, *[f"/opt/test/more/{each}" for each in range(len(more_packages()))]])
+    driver = os.environ.get("LD_LIBRARY_PATH", "")
+    libraries = f"/opt/test/base/lib:{driver}".rstrip(":")
     return (
         f"#!/bin/sh\nexport PYTHONPATH={path} LD_LIBRARY_PATH={libraries} OMP_NUM_THREADS=1\n"
         f'export PYTHONDONTWRITEBYTECODE=1\nexec /opt/test/venv/bin/{version} "$@"\n'
