@@ -22,8 +22,10 @@ FAULTS = 1_000_000
 BACK_S = 60.0
 """Longer than any pause before a restart and any deadline of a step."""
 SAMPLE_S = 1.0
-WARM_UP = 0.2
-"""Of a run: what a process allocates in its beginning is no leak."""
+SLOPE_POINTS = 1_200
+"""Twenty minutes: a slope per hour of less is noise."""
+WARM_UP_S = 660
+"""After ten minutes the record of answers grows no more."""
 
 
 class Arena:
@@ -93,9 +95,9 @@ class Arena:
         return True
 
     def growth_mib_per_h(self) -> float | None:
-        """Slope of the daemon's memory after its warm-up; ``None`` for runs under five minutes."""
-        points = self.memory_mib[int(len(self.memory_mib) * WARM_UP) :]
-        if len(points) < 300:
+        """Slope of the daemon's memory after its warm-up; ``None`` for a run that is too short."""
+        points = [each for each in self.memory_mib if each[0] > WARM_UP_S]
+        if len(points) < SLOPE_POINTS:
             return None
         seconds, sizes = zip(*points, strict=True)
         return statistics.linear_regression(seconds, sizes).slope * 3600

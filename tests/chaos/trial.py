@@ -25,8 +25,6 @@ SETTLED_S = 5.0
 FLAT_MIB = 64
 """What allocators keep after a burst; the attacks move far more than that."""
 LEAK_MIB_PER_H = 1.0
-SLOPE_S = 1800.0
-"""In a shorter run a slope per hour is noise."""
 
 
 @attrs.define
@@ -142,7 +140,7 @@ def _growth(arena: Arena) -> str:
     if grown > FLAT_MIB:
         return f"the daemon has {grown:.0f} MiB more than before"
     slope = arena.growth_mib_per_h()
-    if arena.memory_mib[-1][0] > SLOPE_S and slope is not None and slope > LEAK_MIB_PER_H:
+    if slope is not None and slope > LEAK_MIB_PER_H:
         return f"the daemon's memory grows by {slope:.1f} MiB/h"
     return ""
 
