@@ -105,7 +105,7 @@ class Slabs:
         from gpuctld.weights import driver  # noqa: PLC0415
 
         mover = self._resident._mover  # noqa: SLF001  measured below everything that is public
-        source, target = mover._segment.slab, mover._memory.address  # noqa: SLF001
+        source, target = mover._source, mover._memory.address  # noqa: SLF001
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
         started = time.perf_counter()

@@ -7,7 +7,7 @@ import os
 import torch
 
 from gpuctld import weights
-from gpuctld.weights import Layout, checksum, skeleton
+from gpuctld.weights import Layout, adapters, checksum, skeleton
 from gpuctld.weights.segment import Segment, pack_table
 
 
@@ -47,3 +47,9 @@ def attached(graph, device, gauge):
     """A graph on the device; the caller closes the descriptor."""
     descriptor, layout = packed(graph)
     return descriptor, weights.attach(layout, descriptor, device, gauge, lambda *_: None)
+
+
+def adopt(resident, tensor):
+    """Have a tensor on the device move with the graph, as an adapter's tensors do."""
+    mover = resident._mover.adopt("ink", [tensor])
+    resident.adapters._held["ink"] = adapters._Adapter("", 1.0, mover)

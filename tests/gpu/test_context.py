@@ -26,6 +26,9 @@ from tests.conftest import silent
 from tests.gpu.conftest import DEVICE
 
 _, resident = graphs.attached(graphs.linear(8192), DEVICE, weights.gauge(torch.device("cpu"), ""))
+adapter = torch.randn(8192, 8192, device=DEVICE)
+graphs.adopt(resident, adapter)
+copy = adapter.cpu()
 context = weights.context(DEVICE)
 data = torch.ones(8, 8192, device=DEVICE)
 expected = resident.pipeline.components["layer"](data)
@@ -39,7 +42,8 @@ sys.stdin.readline()
 context.wake()
 resident.restore_pins()
 resident.reload(silent, verify=True)
-print(torch.equal(resident.pipeline.components["layer"](data), expected), flush=True)
+same = torch.equal(resident.pipeline.components["layer"](data), expected)
+print(same and torch.equal(adapter.cpu(), copy), flush=True)
 sys.stdin.readline()
 """
 

@@ -95,20 +95,20 @@ def reload(fleet: FleetState, request: Reload, now: float) -> None:
 
 
 def change_adapter(fleet: FleetState, request: LoraAdd | LoraRemove, now: float) -> None:
-    """Accept a change of an adapter on every worker that has the model loaded.
+    """Accept a change of an adapter on every worker that has the model where it can be made.
 
     Raises:
         UnknownModel, BadRequest: no such model or adapter.
-        Busy: the model is loaded nowhere.
+        Busy: the model is in no such place.
     """
     change = _adapter_change(fleet, request)
     workers = [
         worker
         for worker, held in fleet.holders(request.model)
-        if held.state is Residency.LOADED or worker.task is not None
+        if change.is_possible(held.state) or worker.task is not None
     ]
     if not workers:
-        raise Busy(f"{request.model} is not loaded", f"gpuctl load {request.model}")
+        raise change.refusal(request.model)
     steps = [
         Step(worker.gpu, request.model, Tier.DEVICE, request.id, change=change)
         for worker in workers

@@ -136,6 +136,9 @@ def _send(
     state = worker.state_of(step.model)
     step.origin = TIER[state]
     step.sent_at = now
+    if step.change is not None and not step.change.is_possible(state):
+        outcomes.end(fleet, step, now, step.change.refusal(step.model))
+        return
     underway = _underway(operation, step, state)
     if underway is None:
         outcomes.end(fleet, step, now)
@@ -219,6 +222,7 @@ def _limit(fleet: FleetState, underway: Residency) -> float:
     limits = fleet.config.deadlines
     return {
         Residency.LOADED: limits.load,  # an adapter is read from disk
+        Residency.PARKED: limits.unload,  # or taken off
         Residency.LOADING: limits.load,
         Residency.UNLOADING: limits.unload,
         Residency.RELOADING: limits.reload,

@@ -42,7 +42,7 @@ def done(fleet: FleetState, worker: Worker, step: Step, result: dict[str, Any], 
     held.error = None
     if step.change is None:
         fleet.set_residency(worker, step.model, _ARRIVED[step.target])
-    _record_wanted(worker, step)
+        _record_wanted(worker, step)
     worker.futile_starts = 0
     held.used_at = now
     end(fleet, step, now, **_row_fields(result))
@@ -72,6 +72,7 @@ def failed(
     fleet.set_residency(worker, step.model, back[step.origin])
     held.error = error
     _end_with(fleet, step, now, error)
+    _release_unfinished(fleet, step)
     _release_if_unused(fleet, step.model)
 
 
@@ -80,6 +81,7 @@ def lost(fleet: FleetState, worker: Worker, step: Step, error: GpuctlError, now:
 
     With the process an unload has reached its aim all the same.
     """
+    _release_unfinished(fleet, step)
     freed = step.target is not Tier.DEVICE and worker.state is not WorkerState.STUCK
     if not freed or step.origin is Tier.DISK:
         end(fleet, step, now, error)
@@ -117,6 +119,12 @@ def _end_with(
     step.state = StepState.ENDED
     step.row = report.row(fleet.workers[step.gpu], step, now, error=error, **result)
     progress(fleet, step, step.row["device_bytes"], step.row["device_bytes"])
+
+
+def _release_unfinished(fleet: FleetState, step: Step) -> None:
+    """A first load that came to nothing leaves no host copy; only one worker writes it."""
+    if step.origin is Tier.DISK and not step.suspend and step.model not in fleet.layouts:
+        fleet.emit(ReleaseCopy(step.model))
 
 
 def _release_if_unused(fleet: FleetState, model: str) -> None:

@@ -34,9 +34,13 @@ def choose(fleet: FleetState, job: Job, busy: Iterable[int]) -> Worker | None:
 
 
 def needed_bytes(fleet: FleetState, step: Step) -> int:
-    """Device memory that a step takes; 0 where the model is there already."""
+    """Device memory that a step takes; 0 where the model is there already, or stays away.
+
+    What a worker has said of its model includes the model's adapters.
+    """
     held = fleet.workers[step.gpu].holding(step.model)
-    if step.target is not Tier.DEVICE or held.state is Residency.LOADED:
+    moves = step.target is Tier.DEVICE and step.change is None
+    if not moves or held.state is Residency.LOADED:
         return 0
     known = held.device_bytes or int(fleet.layouts.get(step.model, {}).get("slab_bytes", 0))
     return known or fleet.catalog[step.model].estimated_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from gpuctl import residency
-from gpuctl.errors import GpuctlError, UnknownGpu
+from gpuctl.errors import Busy, GpuctlError, UnknownGpu
 from gpuctl.protocol import Generate
 from gpuctl.residency import JobState, Residency, Tier, WorkerState
 from gpuctld.catalog import Catalog
@@ -49,11 +49,23 @@ class StepState(StrEnum):
 
 @attrs.frozen
 class AdapterChange:
-    """Put an adapter on a loaded model, or take it off when ``path`` is ``None``."""
+    """Put an adapter on a loaded model, or take it off when ``path`` is ``None``.
+
+    It can be taken off a parked model too. To be put on, it must be read into the model.
+    """
 
     adapter: str
     path: str | None = None
     scale: float = 1.0
+
+    def is_possible(self, state: Residency) -> bool:
+        """Whether it can be made where the model is."""
+        removable = self.path is None and state is Residency.PARKED
+        return removable or state is Residency.LOADED
+
+    def refusal(self, model: str) -> Busy:
+        """Why it cannot be made."""
+        return Busy(f"{model} is not loaded", f"gpuctl load {model}")
 
 
 @attrs.define(eq=False)

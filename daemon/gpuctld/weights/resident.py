@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
 
-from gpuctl.errors import BadRequest, Corrupt, OutOfMemory
+from gpuctl.errors import Busy, OutOfMemory
 from gpuctl.residency import Tier
-from gpuctld.weights import checksum, reading, skeleton, slab, transfer
+from gpuctld.weights import checksum, reading, skeleton, slab
 from gpuctld.weights.adapters import Adapters
 from gpuctld.weights.gauge import Gauge
 from gpuctld.weights.layout import Layout
+from gpuctld.weights.movers import ModuleMover, Mover, SlabMover
 from gpuctld.weights.reading import ModelSource
 from gpuctld.weights.rendezvous import Meeting
 from gpuctld.weights.segment import Segment, pack_table
@@ -45,108 +46,12 @@ class Reloaded:
     path: str
 
 
-class Mover(Protocol):
-    """How the weights of one model come and go."""
-
-    name: str
-    reason: str
-    device_bytes: int
-    host_bytes: int
-
-    def park(self) -> None: ...
-    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class SlabMover:
-    """Weights in a slab: leaving is unmapping, coming is a few large copies."""
-
-    name = "slab"
-    reason = ""
-
-    def __init__(self, layout: Layout, segment: Segment, memory: slab.Slab) -> None:
-        self._layout, self._segment, self._memory = layout, segment, memory
-        self._transfer = transfer.for_slab(segment.slab, memory)
-        self.device_bytes = self.host_bytes = layout.slab_bytes
-
-    def park(self) -> None:
-        self._memory.unmap()
-
-    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str:
-        """All of it, or nothing: a failure half-way leaves the slab unmapped."""
-        try:
-            path = self._transfer.fill(self._memory, progress, meeting)
-            if verify:
-                self._verify()
-        except BaseException:
-            self._memory.unmap()
-            raise
-        return path
-
-    def _verify(self) -> None:
-        if checksum.of(self._memory.tensor) != self._layout.checksums:
-            raise Corrupt(
-                f"{self._layout.model}: the weights on the device differ from those loaded",
-                "gpuctl drop it and load it again; if it comes back, suspect the memory",
-            )
-
-    def pause(self) -> None:
-        self._transfer.pause()
-
-    def resume(self) -> None:
-        self._transfer.resume()
-
-    def close(self) -> None:
-        self._transfer.pause()
-        self._memory.close()
-
-
-class ModuleMover:
-    """What no slab can hold moves by the modules' own ``.to()``, with a private host copy."""
-
-    name = "module"
-
-    def __init__(self, pipeline: Any, device: torch.device, reason: str) -> None:
-        self._pipeline, self._device = pipeline, device
-        self.reason = reason
-        self.device_bytes = self.host_bytes = _module_bytes(pipeline)
-
-    def park(self) -> None:
-        self._pipeline.to("cpu")
-
-    def bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None = None) -> str:
-        del meeting  # each moves its own copy
-        if verify:
-            raise BadRequest("a model that moves by .to() has no checksum", "reload without it")
-        self._pipeline.to(self._device)
-        progress(self.device_bytes, self.device_bytes)
-        return "module"
-
-    def pause(self) -> None:
-        pass
-
-    def resume(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._pipeline.to("meta")
-
-
-def _module_bytes(pipeline: Any) -> int:
-    modules = [each for each in pipeline.components.values() if isinstance(each, torch.nn.Module)]
-    tensors = {t.data_ptr(): t for m in modules for t in (*m.parameters(), *m.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 class Resident:
     """A model that a worker has: on its device, or parked in host memory."""
 
     def __init__(
         self,
         pipeline: Any,
-        device: torch.device,
         mover: Mover,
         layout: Layout | None,
         gauge: Gauge,
@@ -154,7 +59,7 @@ class Resident:
         self.pipeline = pipeline
         self.layout = layout
         self.tier = Tier.DEVICE
-        self.adapters = Adapters(pipeline, device)
+        self.adapters = Adapters(pipeline, mover)
         self._mover = mover
         self._gauge = gauge
 
@@ -168,19 +73,19 @@ class Resident:
 
     @property
     def device_bytes(self) -> int:
-        return self._mover.device_bytes
+        """Of the model and its adapters together."""
+        return self._mover.device_bytes + self.adapters.device_bytes
 
     @property
     def host_bytes(self) -> int:
-        return self._mover.host_bytes
+        """Of the model, whose copy all workers share, and of its adapters, which each has."""
+        return self._mover.host_bytes + self.adapters.host_bytes
 
     def unload(self) -> Freed:
         """Device to host: free the device and account for what is left."""
         started = time.perf_counter()
         before = self._gauge.residual()
-        self.adapters.park()
-        self._mover.park()
-        self.tier = Tier.HOST
+        self._park()
         after = self._settled(before - int(self.device_bytes * CONFIRMED))
         return Freed(
             freed_bytes=max(0, before - after),
@@ -188,6 +93,11 @@ class Resident:
             duration_s=time.perf_counter() - started,
             foreign=self._gauge.foreign(),
         )
+
+    def _park(self) -> None:
+        self.adapters.park()
+        self._mover.park()
+        self.tier = Tier.HOST
 
     def _settled(self, expected: int) -> int:
         """What this process still holds, once the driver's books have followed."""
@@ -203,30 +113,57 @@ class Resident:
     ) -> Reloaded:
         """Host to device; together with the other workers of a ``meeting``.
 
+        All of it or nothing: after a failure the model and its adapters are parked.
+
         Raises:
-            OutOfMemory: the device has not enough; the model stays parked.
-            Corrupt: ``verify`` found other bytes; the model stays parked.
+            OutOfMemory: the device has not enough.
+            Corrupt: ``verify`` found other bytes.
+            BadModel: an adapter that waited for the device cannot be loaded.
         """
         started = time.perf_counter()
         try:
-            path = self._mover.bring(progress, verify=verify, meeting=meeting)
-            self.adapters.bring()
-        except torch.OutOfMemoryError as full:
-            raise OutOfMemory(str(full).splitlines()[0]) from None
+            path = self._bring(progress, verify=verify, meeting=meeting)
+        except BaseException:
+            self._park()
+            raise
         self.tier = Tier.DEVICE
         seconds = time.perf_counter() - started
         return Reloaded(bytes=self.device_bytes, duration_s=seconds, path=path)
 
+    def _bring(self, progress: Progress, *, verify: bool, meeting: Meeting | None) -> str:
+        try:
+            path = self._mover.bring(progress, verify=verify, meeting=meeting)
+            self.adapters.bring(verify=verify)
+        except torch.OutOfMemoryError as full:
+            raise OutOfMemory(str(full).splitlines()[0]) from None
+        return path
+
+    def add_adapter(self, name: str, path: str, scale: float) -> None:
+        """Load an adapter onto the model, or change the scale of one that is there.
+
+        Raises:
+            Busy: the model is not on the device, which loading an adapter takes.
+            BadRequest: the pipeline takes no adapters.
+            BadModel: the file is missing, damaged, made for another model, or changes the model.
+            OutOfMemory: the device has not enough; the model is as it was.
+        """
+        if self.tier is not Tier.DEVICE:
+            raise Busy("an adapter is added to a model on its device", "gpuctl reload first")
+        self.adapters.add(name, path, scale)
+
     def release_pins(self) -> None:
-        """Unpin the host copy, before the driver takes this process's context away."""
+        """Unpin the host copies, before the driver takes this process's context away."""
         self._mover.pause()
+        self.adapters.pause()
 
     def restore_pins(self) -> None:
-        """Pin it again in the background."""
+        """Pin them again in the background."""
         self._mover.resume()
+        self.adapters.resume()
 
     def drop(self) -> None:
         """Give everything back: device, addresses, mappings."""
+        self.adapters.close()
         del self.pipeline, self.adapters
         self._mover.close()
 
@@ -255,7 +192,7 @@ def _by_module(
 ) -> Resident:
     mover = ModuleMover(pipeline, device, reason)
     mover.bring(progress, verify=False)
-    return Resident(pipeline, device, mover, None, gauge)
+    return Resident(pipeline, mover, None, gauge)
 
 
 def _pack(
@@ -303,6 +240,7 @@ def attach_parked(layout: Layout, descriptor: int, device: torch.device, gauge: 
     segment = Segment(descriptor, layout.slab_bytes)
     memory = slab.for_device(layout.slab_bytes, device)
     pipeline = skeleton.assemble(segment.skeleton(layout), segment.entries(layout), memory.tensor)
-    resident = Resident(pipeline, device, SlabMover(layout, segment, memory), layout, gauge)
+    mover = SlabMover(layout.model, segment.slab, memory, layout.checksums)
+    resident = Resident(pipeline, mover, layout, gauge)
     resident.tier = Tier.HOST
     return resident

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -111,12 +111,15 @@ def plan(graph: Any) -> Plan:
         collector.dump(graph)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as failed:
         raise Unpackable(f"not picklable: {failed}") from failed
-    runs, entries, slab_bytes = _place(collector.tensors)
+    runs, entries, slab_bytes = place(collector.tensors)
     return Plan(runs, entries, file.getvalue(), slab_bytes)
 
 
-def _place(tensors: list[torch.Tensor]) -> tuple[list[Run], list[Entry], int]:
-    """Runs in the order in which tensors were met, which is about the order of execution."""
+def place(tensors: Sequence[torch.Tensor]) -> tuple[list[Run], list[Entry], int]:
+    """The runs of bytes, the table, and the size of a slab in bytes for some tensors.
+
+    Runs stand in the order of the tensors, which is about the order of execution.
+    """
     groups = _overlapping(tensors)
     runs: dict[int, Run] = {}
     offset = 0
@@ -131,7 +134,7 @@ def _place(tensors: list[torch.Tensor]) -> tuple[list[Run], list[Entry], int]:
     return unique, entries, offset
 
 
-def _overlapping(tensors: list[torch.Tensor]) -> list[list[tuple[int, int, int]]]:
+def _overlapping(tensors: Sequence[torch.Tensor]) -> list[list[tuple[int, int, int]]]:
     """Groups of (start, stop, index) whose bytes overlap within one storage.
 
     Never a whole storage: a safetensors file is one storage of which each tensor is a slice.
@@ -178,10 +181,11 @@ def _entry(tensor: torch.Tensor, run: Run) -> Entry:
 
 
 def copy_runs(runs: list[Run], slab: torch.Tensor, progress: Callable[[int], None]) -> None:
-    """Copy the weights into a slab (uint8, one dimension); reports bytes as they are copied."""
+    """Copy weights into a slab (uint8, one dimension), from any device; reports bytes."""
     for run in runs:
         size = run.stop - run.start
-        source = torch.empty(0, dtype=torch.uint8).set_(run.storage, run.start, [size], [1])
+        empty = torch.empty(0, dtype=torch.uint8, device=run.storage.device)
+        source = empty.set_(run.storage, run.start, [size], [1])
         slab[run.offset : run.offset + size].copy_(source)
         progress(size)
 

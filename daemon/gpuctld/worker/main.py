@@ -8,7 +8,7 @@ import queue
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -166,9 +166,8 @@ class Worker:
             resident = self._bring_up(command, source, descriptor)
         finally:
             os.close(descriptor)
+        self._put_adapters(resident, command.adapters)
         self._models[source.name] = resident
-        for adapter in command.adapters:
-            resident.adapters.add(adapter["name"], adapter["path"], adapter["scale"])
         layout = resident.layout.to_map() if resident.layout and not command.layout else None
         self._done(command, resident, layout=layout)
 
@@ -184,20 +183,27 @@ class Worker:
             return weights.attach_parked(layout, descriptor, self._device, self._gauge)
         return weights.attach(layout, descriptor, self._device, self._gauge, progress)
 
+    def _put_adapters(self, resident: Resident, adapters: Sequence[dict[str, Any]]) -> None:
+        """All of them, or the model is given up: no weights stay that nobody knows of."""
+        put = resident.add_adapter if resident.tier == "device" else resident.adapters.expect
+        try:
+            for adapter in adapters:
+                put(adapter["name"], adapter["path"], adapter["scale"])
+        except BaseException:
+            resident.drop()
+            raise
+
     def _take_descriptor(self) -> int:
         _, descriptors, _, _ = socket.recv_fds(self._channel, 256, 1)
         return descriptors[0]
 
     def _unload(self, command: UnloadModel, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
-        suspended = self._context.suspended
-        self._wake()
-        freed = resident.unload()
-        about = _about(resident)
-        if command.tier == "disk":
-            self._models.pop(command.model).drop()
-        if suspended:  # a drop has work to do on the device; whoever has it now keeps it
-            self._sleep()
+        with self._briefly_awake():
+            freed = resident.unload()
+            about = _about(resident)
+            if command.tier == "disk":
+                self._models.pop(command.model).drop()
         self._link.send(Done(task=command.task, result={**about, **attrs.asdict(freed)}))
 
     def _suspend(self, command: Suspend, _: Sequence[Any]) -> None:
@@ -221,6 +227,17 @@ class Worker:
         freed = max(0, before - self._gauge.residual())
         self._link.send(Suspended(context_bytes=freed))
         return freed
+
+    @contextlib.contextmanager
+    def _briefly_awake(self) -> Iterator[None]:
+        """Taking memory's addresses back is work on the device; whoever has that now keeps it."""
+        suspended = self._context.suspended
+        self._wake()
+        try:
+            yield
+        finally:
+            if suspended:
+                self._sleep()
 
     def _wake(self) -> None:
         if self._context.suspended:
@@ -251,9 +268,10 @@ class Worker:
     def _change_adapter(self, command: ChangeAdapter, _: Sequence[Any]) -> None:
         resident = self._models[command.model]
         if command.path is None:
-            resident.adapters.remove(command.adapter)
+            with self._briefly_awake():
+                resident.adapters.remove(command.adapter)
         else:
-            resident.adapters.add(command.adapter, command.path, command.scale)
+            resident.add_adapter(command.adapter, command.path, command.scale)
         self._done(command, resident)
 
     def _done(self, command: Command, resident: Resident, **result: Any) -> None:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from gpuctl.protocol import Cancel, Generate, Load, LoraAdd, Phase, Reload, Unload
+from gpuctl.protocol import Cancel, Generate, Load, LoraAdd, LoraRemove, Phase, Reload, Unload
 from gpuctld.fleet import effects
-from gpuctld.messages import ChangeAdapter, LoadModel, Probe, ReloadModel, RunJob, UnloadModel
+from gpuctld.messages import ChangeAdapter, Done, LoadModel, Probe, ReloadModel, RunJob, UnloadModel
 
 GIB = 2**30
 
@@ -235,6 +235,26 @@ def test_a_client_deadline_gives_a_timeout_row_and_a_late_answer_still_counts(be
     assert bench.state(0) == "loaded"
 
 
+@pytest.mark.parametrize("end", ["fail", "die"])
+def test_a_first_load_that_fails_gives_the_host_copy_back(bench, end):
+    bench.ask(Load(model="flux", gpus=[0]))
+    bench.answer_probes()
+    [(gpu, command)] = bench.take(LoadModel)
+    bench.fail(gpu, command) if end == "fail" else bench.die(gpu)
+    assert effects.ReleaseCopy("flux") in bench.effects
+
+
+def test_a_load_from_the_host_copy_that_fails_leaves_it(bench):
+    loaded(bench)
+    bench.ask(Unload(model="flux", gpus=[1], to="disk"))
+    bench.work()
+    bench.ask(Load(model="flux"))
+    bench.answer_probes()
+    [(gpu, command)] = bench.take(LoadModel)
+    bench.fail(gpu, command)
+    assert effects.ReleaseCopy("flux") not in bench.effects
+
+
 def test_a_cancelled_operation_drops_what_is_not_under_way(make_bench):
     bench = make_bench(3).all_up()
     id_ = bench.ask(Load(model="flux"))
@@ -272,6 +292,46 @@ def test_an_adapter_goes_to_every_worker_that_has_the_model(bench):
         bench.finish(gpu, command)
     assert bench.reply(id_)["ok"]
     assert bench.states("sd") == ["loaded", "loaded"]
+
+
+def test_an_adapter_is_not_put_on_a_parked_model_but_is_taken_off_one(bench):
+    loaded(bench, "sd")
+    bench.ask(Unload(model="sd"))
+    bench.work()
+    refused = bench.ask(LoraAdd(model="sd", adapter="ink"))
+    assert bench.reply(refused)["error"]["code"] == "busy"
+    bench.free = dict.fromkeys(bench.free, 0)
+    removed = bench.ask(LoraRemove(model="sd", adapter="ink"))
+    for gpu, command in bench.take(ChangeAdapter):
+        assert command.path is None
+        bench.finish(gpu, command)
+    assert bench.reply(removed)["ok"]
+    assert bench.states("sd") == ["parked"] * 2
+    assert {worker.wanted["sd"] for worker in bench.fleet.state.workers.values()} == {"host"}
+
+
+def test_an_adapter_that_comes_behind_an_unload_is_refused(bench):
+    loaded(bench, "sd")
+    bench.ask(Unload(model="sd"))
+    id_ = bench.ask(LoraAdd(model="sd", adapter="ink"))
+    bench.work()
+    assert bench.reply(id_)["error"]["code"] == "busy"
+    assert bench.states("sd") == ["parked"] * 2
+
+
+def test_a_reload_asks_for_the_room_of_the_adapters_too(bench):
+    loaded(bench, "sd")
+    bench.ask(LoraAdd(model="sd", adapter="ink"))
+    for gpu, command in bench.take(ChangeAdapter):
+        bench.say(gpu, Done(task=command.task, result={"device_bytes": 50 * GIB}))
+    bench.ask(Unload(model="sd"))
+    for gpu, command in bench.take(UnloadModel):
+        bench.say(gpu, Done(task=command.task, result={}))
+    bench.free[1] = 49 * GIB
+    id_ = bench.ask(Reload(model="sd"))
+    bench.answer_probes()
+    assert "50.0 GiB are needed" in bench.reply(id_)["error"]["message"]
+    assert bench.states("sd") == ["parked"] * 2
 
 
 def test_a_phase_moves_only_what_differs(bench):
