@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import threading
@@ -199,12 +198,6 @@ class ModuleTo:
 
     def wake(self) -> None:
         self._context.wake()
-
-    def clear(self) -> None:
-        self._pipelines.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Saver:

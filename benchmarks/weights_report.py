@@ -1,10 +1,18 @@
-"""Writes what benchmarks/weights.py has found: a table, and a plot."""
+"""The table and the plot of what benchmarks/weights.py has found, also of a run that was cut off.
+
+Needs no GPU, and matplotlib for the plot alone::
+
+    python benchmarks/weights_report.py results.json --out results --table docs/performance.md
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +21,15 @@ Found = dict[str, list[Any]]
 NOT_MEASURED = "not measured"
 
 
-def write(results: dict[str, Any], folder: Path, table: Path | None) -> None:
-    """Print the table, write it to ``table``, and draw ``weights.png``."""
-    text = markdown(results)
+def write(results: Path, folder: Path, table: Path | None) -> None:
+    """Print the table of a results.json, write it to ``table``, and draw ``weights.png``."""
+    read = json.loads(results.read_text())
+    text = markdown(read)
     print(text)
     if table is not None:
         table.write_text(text)
     if importlib.util.find_spec("matplotlib") is not None:
-        _plot(results["found"], folder / "weights.png")
+        _plot(read["found"], folder / "weights.png")
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -37,6 +46,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"- Command: `{about['command']}`",
         f"- Model: FLUX-sized pipeline of random bfloat16 weights, {about['bytes'] / 1e9:.1f} GB",
         "- Seconds run from the command to the last worker's answer. GB = 1e9 bytes.",
+        *_shortcomings(results),
         "",
         "## Targets",
         "",
@@ -49,9 +59,23 @@ def markdown(results: dict[str, Any]) -> str:
         "| what | n | median s | p95 s |",
         "|---|---|---|---|",
         *[_arm_row(name, samples) for name, samples in found.items() if _has_seconds(samples)],
+        *[f"| {name} | 0 | {NOT_MEASURED} | - |" for name in _missing(found)],
         "",
     ]
     return "\n".join(lines)
+
+
+def _shortcomings(results: dict[str, Any]) -> list[str]:
+    """What a reader must know about a run that did not go through."""
+    failed = [f"- {arm} ended with: {why}" for arm, why in results["failed"].items()]
+    if not results["complete"]:
+        failed.append("- The run was cut off; this is what had been measured.")
+    return failed
+
+
+def _missing(found: Found) -> list[str]:
+    moves = (f"{arm}_{verb}" for arm in ARMS for verb in ("unload", "reload"))
+    return [move for move in moves if move not in found]
 
 
 def _has_seconds(samples: list[Any]) -> bool:
@@ -60,9 +84,7 @@ def _has_seconds(samples: list[Any]) -> bool:
 
 def _arm_row(name: str, samples: list[Any]) -> str:
     values = _seconds(samples)
-    row = f"| {name} | {len(values)} | {statistics.median(values):.4f} | {p95(values):.4f} |"
-    refused = {each["error"] for each in samples if each.get("error")}
-    return f"{row} {'; '.join(refused)}" if refused else row
+    return f"| {name} | {len(values)} | {statistics.median(values):.4f} | {p95(values):.4f} |"
 
 
 def _seconds(samples: list[Any]) -> list[float]:
@@ -78,8 +100,17 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
 
 
-def _median(found: Found, name: str) -> float:
-    return statistics.median(_seconds(found[name]))
+def _median(found: Found, name: str) -> float | None:
+    """Seconds; ``None`` where there is no sample."""
+    return statistics.median(_seconds(found[name])) if name in found else None
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 Row = tuple[str, str, str, str]
@@ -88,67 +119,84 @@ Row = tuple[str, str, str, str]
 def _main_rows(found: Found, gpus: int) -> list[Row]:
     floor = _median(found, "floor")
     unload, alone = _median(found, "ours_unload"), _median(found, "ours_alone_reload")
+    fanout = _median(found, "ours_reload") if gpus > 1 else None
     first, warm = _median(found, "first_forward"), _median(found, "second_forward")
-    verified = _median(found, "verified_reload")
-    host = found["host"][0]
+    added = _ratio(_median(found, "verified_reload"), alone)
     return [
-        _most("unload to driver-confirmed free", unload * 1e3, 80, "ms"),
-        _ratio("unload against .to() in threads", found, "unload", 150),
-        _most("reload against the pinned floor, no fan-out", alone / floor, 1.15, "x"),
-        _fanout_row(found, floor, gpus),
-        _ratio("reload against .to() in threads", found, "reload", 7),
-        _most("verify adds to a reload", (verified / alone - 1) * 100, 10, "%"),
-        _most("first step after a reload against the next", first / warm, 1.1, "x"),
+        _most("unload to driver-confirmed free", _times(unload, 1e3), 80, "ms"),
+        _against_threads(found, "unload", 150),
+        _most("reload against the pinned floor, no fan-out", _ratio(alone, floor), 1.15, "x"),
+        _most("reload against the pinned floor, fan-out", _ratio(fanout, floor), 0.6, "x"),
+        _against_threads(found, "reload", 7),
+        _most("verify adds to a reload", None if added is None else (added - 1) * 100, 10, "%"),
+        _most("first step after a reload against the next", _ratio(first, warm), 1.1, "x"),
         _equal_row(found),
         _left_row(found),
-        _most("left after suspend", found["left_after_suspend"][-1]["used"] / 2**20, 16, "MiB"),
+        _most("left after suspend", _times(_left_after_suspend(found), 2**-20), 16, "MiB"),
         _most("suspend", _median(found, "suspend"), 0.8, "s"),
         _most("wake", _median(found, "wake"), 0.8, "s"),
-        _most("host memory against the model", host["file"] / host["model"], 1.03, "x"),
+        _most("host memory against the model", _host_share(found), 1.03, "x"),
     ]
 
 
-def _most(what: str, value: float, limit: float, unit: str) -> Row:
-    return what, f"<= {limit:g} {unit}", f"{value:.3g} {unit}", _yes(value <= limit)
+def _most(what: str, value: float | None, limit: float, unit: str) -> Row:
+    target = f"<= {limit:g} {unit}"
+    if value is None:
+        return what, target, NOT_MEASURED, "-"
+    return what, target, f"{value:.3g} {unit}", _yes(value <= limit)
 
 
 def _yes(reached: bool) -> str:
     return "yes" if reached else "**no**"
 
 
-def _ratio(what: str, found: Found, verb: str, least: float) -> Row:
-    ratio = _median(found, f"module_threads_{verb}") / _median(found, f"ours_{verb}")
-    return what, f">= {least:g} x", f"{ratio:.1f} x", _yes(ratio >= least)
-
-
-def _fanout_row(found: Found, floor: float, gpus: int) -> Row:
-    what = "reload against the pinned floor, fan-out"
-    if gpus == 1:
-        return what, "<= 0.6 x", NOT_MEASURED, "-"
-    return _most(what, _median(found, "ours_reload") / floor, 0.6, "x")
+def _against_threads(found: Found, verb: str, least: float) -> Row:
+    ratio = _ratio(_median(found, f"module_threads_{verb}"), _median(found, f"ours_{verb}"))
+    what, target = f"{verb} against .to() in threads", f">= {least:g} x"
+    if ratio is None:
+        return what, target, NOT_MEASURED, "-"
+    return what, target, f"{ratio:.1f} x", _yes(ratio >= least)
 
 
 def _equal_row(found: Found) -> Row:
-    samples = found["first_forward"]
-    equal = all(answer["equal"] for sample in samples for answer in sample["answers"])
-    return "outputs after a reload", "bit-equal", "bit-equal" if equal else "differ", _yes(equal)
+    what, target = "outputs after a reload", "bit-equal"
+    if "first_forward" not in found:
+        return what, target, NOT_MEASURED, "-"
+    answers = [answer for sample in found["first_forward"] for answer in sample["answers"]]
+    equal = all(answer["equal"] for answer in answers)
+    return what, target, "bit-equal" if equal else "differ", _yes(equal)
 
 
 def _left_row(found: Found) -> Row:
+    what, target = "left after unload", "context only"
+    if "left_after_unload" not in found:
+        return what, target, NOT_MEASURED, "-"
     last = found["left_after_unload"][-1]
     text = f"{last['used'] / 2**20:.0f} MiB; {last['context'] / 2**20:.0f} MiB before any model"
-    return "left after unload", "context only", text, "-"
+    return what, target, text, "-"
+
+
+def _left_after_suspend(found: Found) -> float | None:
+    return found["left_after_suspend"][-1]["used"] if "left_after_suspend" in found else None
+
+
+def _host_share(found: Found) -> float | None:
+    host = found["host"][0] if "host" in found else {}
+    return _ratio(host.get("file"), host.get("model"))
 
 
 def _neighbour_rows(found: Found) -> list[Row]:
-    if "neighbour_idle" not in found:
-        return [("neighbour's p99 step while a GPU pins, cycles", "<= 1.1 x", NOT_MEASURED, "-")]
-    idle = percentile(found["neighbour_idle"][0], 0.99)
+    idle = _p99_step(found, "idle")
     return [
-        _most(f"neighbour's p99 step, {what}", percentile(values[0], 0.99) / idle, 1.1, "x")
-        for what, values in found.items()
-        if what in {"neighbour_pins", "neighbour_cycles"}
+        _most(f"neighbour's p99 step, {what}", _ratio(_p99_step(found, what), idle), 1.1, "x")
+        for what in ("pins", "cycles")
     ]
+
+
+def _p99_step(found: Found, what: str) -> float | None:
+    """Milliseconds of a step on the GPU beside."""
+    name = f"neighbour_{what}"
+    return percentile(found[name][0], 0.99) if name in found else None
 
 
 ARMS = {
@@ -166,13 +214,33 @@ def _plot(found: Found, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    names = [name for name in ARMS if f"{name}_unload" in found]
+    names = [arm for arm in ARMS if not {f"{arm}_unload", f"{arm}_reload"} & {*_missing(found)}]
+    if not names:
+        return
     figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
     for axis, verb in zip(axes, ("unload", "reload"), strict=True):
-        values = [_median(found, f"{name}_{verb}") for name in names]
-        bars = axis.barh([ARMS[name] for name in names], values)
+        seconds = [_seconds(found[f"{name}_{verb}"]) for name in names]
+        values = [statistics.median(each) for each in seconds]
+        above = [max(0.0, p95(each) - value) for each, value in zip(seconds, values, strict=True)]
+        whiskers = [[0.0] * len(names), above]
+        bars = axis.barh([ARMS[name] for name in names], values, xerr=whiskers)
         axis.bar_label(bars, [f"{value:.3g} s" for value in values], padding=3)
-        axis.set(xscale="log", title=verb, xlabel="seconds (median)")
+        axis.set(xscale="log", title=verb, xlabel="seconds (median and p95)")
         axis.margins(x=0.2)
         axis.invert_yaxis() if verb == "unload" else None
     figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="results.json of a run")
+    parser.add_argument("--out", type=Path, default=Path("bench-output"), help="for weights.png")
+    parser.add_argument("--table", type=Path, help="write the table as Markdown")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(options.results, options.out, options.table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
