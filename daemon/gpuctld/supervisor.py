@@ -113,9 +113,11 @@ class Supervisor:
                 signal.pidfd_send_signal(child.pidfd, number)
 
     def send_descriptor(self, gpu: int, name: str, descriptor: int) -> None:
-        """Hand an open file to a worker; it takes exactly one per load."""
-        with contextlib.suppress(OSError):  # a dead worker is noticed by its end
-            socket.send_fds(self._children[gpu].channel, [name.encode()], [descriptor])
+        """Hand an open file to a worker, if it is still there; it takes exactly one per load."""
+        child = self._children.get(gpu)
+        if child is not None:
+            with contextlib.suppress(OSError):  # a dead worker is noticed by its end
+                socket.send_fds(child.channel, [name.encode()], [descriptor])
 
     def dismiss(self) -> None:
         """An orderly end: the fork server leaves too, and with it what it has imported."""

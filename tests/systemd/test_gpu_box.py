@@ -10,6 +10,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.systemd, pytest.mark.slow]
 
 CONFIG = f'[models.shapes]\npath = "{SOURCE}/demo/gpuctl_demo/models/shapes"\n'
 DRAW = ("generate", "shapes", "a large red circle on white", "--seed", "7", "--steps", "4")
+UNITS = ("gpuctld", "gpuctld-workers", "gpuctld-nvidia")
 SUSPENDED_BYTES = 16 * 2**20
 
 
@@ -25,9 +26,6 @@ def box(machine):
     said = [entry.get("MESSAGE") for unit in UNITS for entry in machine.journal(unit)[-15:]]
     assert started.returncode == 0, said
     return machine
-
-
-UNITS = ("gpuctld", "gpuctld-workers", "gpuctld-nvidia")
 
 
 def gpuctl(box, *words):
@@ -66,7 +64,9 @@ def test_the_context_can_be_suspended_and_woken(box):
     before = picture(box)
     gone = json.loads(gpuctl(box, "unload", "--suspend", "--json"))
     assert gone["ok"], gone
-    assert all(row["residual_bytes"] <= SUSPENDED_BYTES for row in gone["workers"])
+    asleep = [row for row in gone["workers"] if row["state"] == "suspended"]
+    assert len(asleep) == len(workers(box))
+    assert all(row["residual_bytes"] <= SUSPENDED_BYTES for row in asleep)
     gpuctl(box, "reload")
     assert picture(box) == before
 

@@ -168,12 +168,14 @@ def _deadline(timeout_s: float | None, now: float) -> float:
 def refuse_leased(fleet: FleetState, workers: Sequence[Worker], *, force: bool) -> None:
     """Nobody else moves models onto GPUs that are handed to another program.
 
+    Once a lease is ending the operation stands in line behind the models' return.
+
     Raises:
         Leased: with the holder.
     """
     for worker in workers:
         lease = fleet.lease_on(worker.gpu)
-        if lease is not None and not force:
+        if lease is not None and not lease.ending and not force:
             raise Leased(
                 f"gpu {worker.gpu} is leased to pid {lease.holder.pid} {lease.command}".rstrip(),
                 f"wait for it, or gpuctl lease release {lease.id}",

@@ -203,6 +203,11 @@ class Lease:
     def active(self) -> bool:
         return self.state is not LeaseState.WAITING
 
+    @property
+    def ending(self) -> bool:
+        """Whether nobody uses the GPUs any more and the models are on their way back."""
+        return self.state is LeaseState.RELOADING
+
 
 @attrs.define(eq=False)
 class Task:

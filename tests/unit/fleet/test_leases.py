@@ -8,7 +8,7 @@ from gpuctl.protocol import Cancel, LeaseAcquire, LeaseRelease, LeaseRenew, Load
 from gpuctld.fleet import effects, events
 from gpuctld.fleet.events import Peer
 from gpuctld.fleet.leases import PROBE_ANSWER_S, REMOTE_TTL_S
-from gpuctld.messages import Probe, ReloadModel, UnloadModel
+from gpuctld.messages import LoadModel, Probe, ReloadModel, UnloadModel
 
 GIB = 2**30
 
@@ -95,6 +95,16 @@ def test_who_waited_long_enough_is_told(loaded):
     loaded.wait(6)
     assert code(loaded, second) == "timeout"
     assert state(loaded, second) is None
+
+
+def test_a_load_stands_in_line_behind_the_end_of_a_lease(loaded):
+    lease = held(loaded, pid=1)
+    died(loaded, lease)
+    assert state(loaded, lease) == "reloading"
+    load = loaded.ask(Load(model="sd"))
+    done = loaded.work()
+    assert loaded.reply(load)["ok"]
+    assert [type(command) for _, command in done] == [ReloadModel] * 2 + [LoadModel] * 2
 
 
 def test_more_than_the_card_has_is_refused_and_nothing_moves(loaded):
