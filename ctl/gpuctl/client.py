@@ -325,7 +325,8 @@ class Client:
             raise
         hello = Conversation(protocol.Ping())
         self._send(hello.frames())
-        deadline = time.monotonic() + PING_S
+        patience = PING_S if self.timeout is None else min(PING_S, self.timeout)
+        deadline = time.monotonic() + patience
         while hello.reply is None:
             frames = self._receive(max(0.0, deadline - time.monotonic()))
             if frames is None:

@@ -15,7 +15,7 @@ import msgpack
 import pytest
 import zmq
 
-from gpuctl import AsyncClient, GpuctlError, Job
+from gpuctl import AsyncClient, Client, GpuctlError, Job
 from gpuctl.errors import NoDaemon, UnknownModel
 from tests.integration.daemon import states
 
@@ -64,13 +64,22 @@ def test_the_async_client_streams_events_and_cancels(daemon):
 
 
 def test_nobody_there_is_said_by_both_clients(tmp_path):
-    from gpuctl import Client  # noqa: PLC0415
-
     nobody = f"ipc://{tmp_path}/nobody.sock"
     with pytest.raises(NoDaemon):
         Client(nobody).status()
     with pytest.raises(NoDaemon):
         asyncio.run(AsyncClient(nobody).status())
+
+
+def test_a_daemon_that_does_not_answer_costs_no_more_than_the_timeout(tmp_path):
+    endpoint = f"ipc://{tmp_path}/silent.sock"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as silent:
+        silent.bind(endpoint)
+        began = time.monotonic()
+        with pytest.raises(NoDaemon):
+            Client(endpoint, timeout=0.3).status()
+        assert time.monotonic() - began < 1
+        silent.linger = 0
 
 
 def test_a_req_socket_is_served(daemon):
