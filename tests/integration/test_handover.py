@@ -279,3 +279,34 @@ def test_what_fails_before_the_start_is_told_apart_from_the_command(own_daemon, 
     daemon.inject()
     assert daemon.wait_for(lambda status: not status["leases"])
     assert daemon.states() == ["loaded"]
+
+
+@pytest.mark.parametrize("options", [[], ["--need", "1MiB"], ["--need", "1MiB", "--wait", "20s"]])
+def test_a_worker_that_dies_while_the_gpus_are_emptied_has_freed_its_own(
+    own_daemon, tmp_path, options
+):
+    daemon = own_daemon(2, module=FAULTY)
+    daemon.client().load("shapes")
+    daemon.inject({"command": "UnloadModel", "gpu": 0, "die": True})
+    mark = tmp_path / "ran"
+    daemon.cli("run", *options, "--", "sh", "-c", f"touch {mark}; exit 7", check=7)
+    assert mark.exists()
+    daemon.inject()
+    assert daemon.states() == ["loaded", "loaded"]
+
+
+def test_a_worker_that_dies_at_the_reload_brings_its_model_before_the_answer(own_daemon):
+    daemon = own_daemon(2, module=FAULTY)
+    daemon.client().load("shapes")
+    daemon.inject({"command": "ReloadModel", "gpu": 0, "die": True})
+    done = daemon.cli("run", "--", "sh", "-c", "exit 7", check=7)
+    assert daemon.states() == ["loaded", "loaded"]
+    assert "not back" not in done.stderr
+
+
+def test_a_worker_that_hangs_while_the_gpus_are_emptied_is_replaced(own_daemon):
+    daemon = own_daemon(2, module=FAULTY, more="[deadlines]\nunload = '1s'\n")
+    daemon.client().load("shapes")
+    daemon.inject({"command": "UnloadModel", "gpu": 0, "stop": True})
+    daemon.cli("run", "--", "sh", "-c", "exit 7", check=7)
+    assert daemon.states() == ["loaded", "loaded"]

@@ -341,12 +341,19 @@ def _reloaded(fleet: FleetState, lease: Lease, operation: Operation, now: float)
     error = report.summary_error(rows)
     for row in rows:
         if row["error"] is not None:
-            fleet.workers[row["gpu"]].holding(row["model"]).error = row["error"]
+            _keep_in_mind(fleet.workers[row["gpu"]], row)
     _forget(fleet, lease)
     if lease.release_request:
         reply = _reply(lease.release_request, "lease_release", lease, now, workers=rows)
         reply["duration_s"] = now - operation.accepted_at
         fleet.emit(Answer(lease.release_request, {**reply, "ok": error is None, "error": error}))
+
+
+def _keep_in_mind(worker: Worker, row: dict[str, Any]) -> None:
+    """Why a model is not back; a worker that is down brings it along when it is up again."""
+    worker.holding(row["model"]).error = row["error"]
+    if not worker.up:
+        worker.wanted[row["model"]] = Tier.DEVICE
 
 
 def _forget(fleet: FleetState, lease: Lease) -> None:

@@ -303,10 +303,14 @@ def _finish(fleet: FleetState, operation: Operation, now: float) -> None:
 
 
 def _park_what_did_not_fit(fleet: FleetState, operation: Operation, now: float) -> None:
-    """A model that finds no room on its device comes back parked, with the reason on record."""
+    """A model that finds no room on its device comes back parked, with the reason on record.
+
+    Not so where the worker has ended meanwhile: the next one tries again.
+    """
     for step in operation.steps:
-        if step.failed and step.row and step.target is Tier.DEVICE and step.model in fleet.layouts:
-            worker = fleet.workers[step.gpu]
+        worker = fleet.workers[step.gpu]
+        here = worker.up and step.model in fleet.layouts
+        if step.failed and step.row and step.target is Tier.DEVICE and here:
             worker.wanted[step.model] = Tier.HOST
             worker.holding(step.model).error = step.row["error"]
             _begin_restore(fleet, step.gpu, [(step.model, Tier.HOST)], now)

@@ -8,7 +8,7 @@ from gpuctl.errors import GpuctlError, WorkerLost
 from gpuctl.residency import Residency, Tier, WorkerState
 from gpuctld.fleet import report
 from gpuctld.fleet.effects import ReleaseCopy
-from gpuctld.fleet.state import FleetState, Step, StepState, Worker
+from gpuctld.fleet.state import FleetState, Purpose, Step, StepState, Worker
 
 _IN_ROWS = frozenset(
     ("freed_bytes", "residual_bytes", "path", "foreign", "device_bytes", "host_bytes", "adapters")
@@ -43,10 +43,18 @@ def done(fleet: FleetState, worker: Worker, step: Step, result: dict[str, Any], 
     if step.change is None:
         fleet.set_residency(worker, step.model, _ARRIVED[step.target])
         _record_wanted(worker, step)
-    worker.futile_starts = 0
+    if not _more_to_come(fleet, step):
+        worker.futile_starts = 0
     held.used_at = now
     end(fleet, step, now, **_row_fields(result))
     _release_if_unused(fleet, step.model)
+
+
+def _more_to_come(fleet: FleetState, step: Step) -> bool:
+    """For this worker to do: one model that loads is no proof that the next one will."""
+    operation = fleet.operation(step.operation)
+    left = operation.unfinished if operation is not None else []
+    return any(other is not step and other.gpu == step.gpu for other in left)
 
 
 def _row_fields(result: dict[str, Any]) -> dict[str, Any]:
@@ -79,15 +87,25 @@ def failed(
 def lost(fleet: FleetState, worker: Worker, step: Step, error: GpuctlError, now: float) -> None:
     """The worker's process ended under a step, or cannot be ended.
 
-    With the process an unload has reached its aim all the same.
+    With the process an unload has reached its aim all the same. What was promised back after a
+    lease is brought by the next process.
     """
     _release_unfinished(fleet, step)
     freed = step.target is not Tier.DEVICE and worker.state is not WorkerState.STUCK
-    if not freed or step.origin is Tier.DISK:
-        end(fleet, step, now, error)
+    if freed and step.origin is not Tier.DISK:
+        keep_wanted(fleet, worker, step)
+        end(fleet, step, now)
         return
-    keep_wanted(fleet, worker, step)
-    end(fleet, step, now)
+    if _promised(fleet, step):
+        step.state = StepState.WAITING
+    else:
+        end(fleet, step, now, error)
+
+
+def _promised(fleet: FleetState, step: Step) -> bool:
+    operation = fleet.operation(step.operation)
+    ends_a_lease = operation is not None and operation.purpose is Purpose.LEASE_END
+    return ends_a_lease and step.state is StepState.SENT and not fleet.stopping
 
 
 def lost_worker(worker: Worker) -> WorkerLost:

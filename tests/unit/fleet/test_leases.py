@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from gpuctl.protocol import Cancel, LeaseAcquire, LeaseRelease, LeaseRenew, Load
+from gpuctl.protocol import Cancel, LeaseAcquire, LeaseRelease, LeaseRenew, Load, Reload
 from gpuctld.fleet import effects, events
 from gpuctld.fleet.events import Peer
 from gpuctld.fleet.leases import PROBE_ANSWER_S, REMOTE_TTL_S
+from gpuctld.fleet.workers import MAX_FUTILE_STARTS
 from gpuctld.messages import LoadModel, Probe, ReloadModel, UnloadModel
 
 GIB = 2**30
@@ -336,6 +337,107 @@ def test_a_worker_that_dies_under_a_lease_does_not_end_it(loaded):
     loaded.work()
     assert state(loaded, lease) == "held"
     assert loaded.state(0) != "loaded"
+
+
+# --- workers that end -------------------------------------------------------------------------
+
+
+def come_back(bench, gpu):
+    """Its next process is up."""
+    bench.wait(70)
+    bench.hello(gpu)
+
+
+def test_a_worker_that_dies_while_the_gpus_are_emptied_has_freed_its_own(loaded):
+    lease = acquire(loaded)
+    [_, (gpu, command)] = loaded.take(UnloadModel)
+    loaded.die(0)
+    assert state(loaded, lease) == "unloading"
+    loaded.finish(gpu, command)
+    assert loaded.reply(lease)["ok"]
+    come_back(loaded, 0)
+    loaded.work()
+    assert loaded.states() == ["parked"] * 2, "the lease lives"
+    released = loaded.ask(LeaseRelease(lease=lease))
+    loaded.work()
+    assert loaded.reply(released)["ok"]
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_what_is_needed_is_asked_of_the_worker_that_comes_back(loaded):
+    lease = acquire(loaded, need_bytes=GIB, wait_s=120)
+    [_, (gpu, command)] = loaded.take(UnloadModel)
+    loaded.die(0)
+    loaded.finish(gpu, command)
+    loaded.answer_probes()
+    assert state(loaded, lease) == "probing"
+    come_back(loaded, 0)
+    loaded.wait(1)
+    loaded.work()
+    assert state(loaded, lease) == "held"
+
+
+def test_holder_and_worker_that_die_while_the_gpus_are_emptied(loaded):
+    lease = acquire(loaded)
+    [_, (gpu, command)] = loaded.take(UnloadModel)
+    died(loaded, lease)
+    loaded.die(0)
+    loaded.finish(gpu, command)
+    come_back(loaded, 0)
+    loaded.work()
+    assert loaded.states() == ["loaded"] * 2
+    assert state(loaded, lease) is None
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_dies_at_the_reload_after_a_lease_brings_the_model_all_the_same(
+    loaded, deaths
+):
+    lease = held(loaded)
+    released = loaded.ask(LeaseRelease(lease=lease))
+    loaded.answer_probes()
+    [_, (gpu, command)] = loaded.take(ReloadModel)
+    loaded.finish(gpu, command)
+    for _ in range(deaths):
+        loaded.die(0)
+        assert state(loaded, lease) == "reloading"
+        come_back(loaded, 0)
+    loaded.work()
+    assert loaded.reply(released)["ok"]
+    assert loaded.states() == ["loaded"] * 2
+    assert state(loaded, lease) is None
+
+
+def test_a_worker_that_keeps_dying_at_the_reload_does_not_hold_the_lease_for_ever(loaded):
+    lease = held(loaded)
+    released = loaded.ask(LeaseRelease(lease=lease))
+    loaded.answer_probes()
+    [_, (gpu, command)] = loaded.take(ReloadModel)
+    loaded.finish(gpu, command)
+    loaded.die(0)
+    for _ in range(MAX_FUTILE_STARTS - 1):
+        come_back(loaded, 0)
+        loaded.die(0)
+    assert state(loaded, lease) is None
+    assert code(loaded, released) == "partial"
+    assert "gpu 0 is failed" in loaded.reply(released)["error"]["message"]
+    again = loaded.ask(Reload())
+    loaded.hello(0)
+    loaded.work()
+    assert loaded.reply(again)["ok"]
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_a_stop_while_a_worker_is_waited_for_ends_the_lease(loaded):
+    lease = held(loaded)
+    released = loaded.ask(LeaseRelease(lease=lease))
+    loaded.answer_probes()
+    loaded.die(0)
+    loaded.apply(events.Stopping())
+    for gpu, command in loaded.take(ReloadModel):
+        loaded.finish(gpu, command)
+    assert not loaded.reply(released)["ok"]
+    assert state(loaded, lease) is None
 
 
 # --- time to live -----------------------------------------------------------------------------

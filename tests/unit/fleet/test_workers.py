@@ -23,8 +23,8 @@ def loaded(bench):
     return bench
 
 
-def come_back(bench, gpu):
-    bench.wait(2)
+def come_back(bench, gpu, seconds=2):
+    bench.wait(seconds)
     assert spawned(bench) == [gpu]
     bench.hello(gpu)
 
@@ -134,6 +134,31 @@ def test_three_deaths_while_starting_are_the_end_until_somebody_asks(make_bench)
     assert bench.fleet.state.workers[0].state == "failed"
     bench.ask(Load(model="flux"))
     assert spawned(bench) == [0]
+
+
+def test_a_worker_that_dies_while_its_models_come_back_brings_them_the_next_time(bench):
+    loaded(bench)
+    for _ in range(2):
+        bench.die(0)
+        come_back(bench, 0)
+        bench.answer_probes()
+    bench.work()
+    assert bench.states() == ["loaded", "loaded"]
+
+
+def test_three_deaths_by_one_model_are_the_end_though_others_load(bench):
+    loaded(bench)
+    bench.ask(Load(model="sd", gpus=[0]))
+    bench.work()
+    bench.die(0)
+    for _ in range(3):
+        come_back(bench, 0, seconds=4)
+        bench.answer_probes()
+        [(gpu, command)] = bench.take(LoadModel)
+        bench.finish(gpu, command)
+        bench.answer_probes()
+        bench.die(0)
+    assert bench.fleet.state.workers[0].state == "failed"
 
 
 def test_a_silent_worker_is_killed(bench):
