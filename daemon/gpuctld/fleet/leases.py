@@ -26,7 +26,6 @@ from gpuctld.fleet.state import FleetState, Lease, LeaseState, Operation, Purpos
 from gpuctld.messages import Probe
 
 REMOTE_TTL_S = 15.0
-RELOAD_WAIT_S = 30.0
 
 PROBE_ANSWER_S = 5.0
 """For a worker to say what its device has free, or to come back and say it."""
@@ -123,10 +122,10 @@ def advance(fleet: FleetState, now: float) -> None:
 
 def _begin(fleet: FleetState, lease: Lease, now: float) -> None:
     workers = fleet.select(lease.gpus)
-    lease.restore = {worker.gpu: _loaded(worker) for worker in workers}
+    lease.restore = {worker.gpu: _loaded(fleet, worker) for worker in workers}
     lease.state = LeaseState.UNLOADING
     id_ = f"begin-{lease.id}"
-    steps = moves.unload_steps(workers, id_, Tier.HOST, None)
+    steps = moves.unload_steps(fleet, workers, id_, Tier.HOST)
     if lease.suspend:
         steps += moves.suspend_steps(workers, id_)
     operation = Operation(
@@ -143,8 +142,9 @@ def _begin(fleet: FleetState, lease: Lease, now: float) -> None:
     _publish(fleet, lease)
 
 
-def _loaded(worker: Worker) -> list[str]:
-    return [name for name, tier in worker.wanted.items() if tier is Tier.DEVICE]
+def _loaded(fleet: FleetState, worker: Worker) -> list[str]:
+    """What is there, or is there when the line before us is done."""
+    return [name for name, tier in fleet.promised(worker).items() if tier is Tier.DEVICE]
 
 
 def operation_ended(fleet: FleetState, operation: Operation, now: float) -> None:
@@ -162,7 +162,7 @@ def _unloaded(fleet: FleetState, lease: Lease, operation: Operation, now: float)
     lease.unload_rows = [step.row for step in operation.steps if step.row is not None]
     error = report.summary_error(lease.unload_rows)
     if lease.ended_because:  # its holder died or let go while the GPUs were being emptied
-        end(fleet, lease, now, RELOAD_WAIT_S)
+        end(fleet, lease, now)
     elif error is not None:
         _give_up(fleet, lease, error, now)
     elif lease.need_bytes:
@@ -224,7 +224,7 @@ def _give_up(fleet: FleetState, lease: Lease, error: dict[str, Any], now: float)
     lease.ended_because = error["message"]
     reply = _reply(lease.id, "lease_acquire", lease, now, workers=lease.unload_rows)
     _answer(fleet, lease, {**reply, "ok": False, "error": error})
-    end(fleet, lease, now, RELOAD_WAIT_S)
+    end(fleet, lease, now)
 
 
 def _hold(fleet: FleetState, lease: Lease, now: float) -> None:
@@ -272,12 +272,15 @@ def release(fleet: FleetState, event: Requested, now: float) -> None:
         _refuse(fleet, lease, Busy("released while it waited"))
         fleet.emit(Answer(request.id, _reply(request.id, "lease_release", lease, now, workers=[])))
         return
-    if lease.state is LeaseState.RELOADING:
-        raise Busy(f"lease {lease.id} is {lease.state}")
+    if lease.state is LeaseState.RELOADING or lease.release_request:
+        raise Busy(f"lease {lease.id} is being ended already")
     lease.release_request = request.id
+    lease.reload_wait_s = request.wait_s
+    if request.timeout_s is not None:
+        lease.reload_deadline = now + request.timeout_s
     if not request.reload:
         lease.restore = {}
-    _let_go(fleet, lease, Busy("released before it was granted"), now, request.wait_s)
+    _let_go(fleet, lease, Busy("released before it was granted"), now)
 
 
 def cancel(fleet: FleetState, lease: Lease, peer: Peer, why: GpuctlError, now: float) -> None:
@@ -298,14 +301,12 @@ def _check_owner(lease: Lease, peer: Peer) -> None:
         )
 
 
-def _let_go(
-    fleet: FleetState, lease: Lease, why: GpuctlError, now: float, wait_s: float = RELOAD_WAIT_S
-) -> None:
+def _let_go(fleet: FleetState, lease: Lease, why: GpuctlError, now: float) -> None:
     """End it from any state but waiting; an unload under way is waited for first."""
     _answer_refusal(fleet, lease, why)
     lease.ended_because = lease.ended_because or why.message
     if lease.state in {LeaseState.HELD, LeaseState.PROBING}:
-        end(fleet, lease, now, wait_s)
+        end(fleet, lease, now)
 
 
 def _find(fleet: FleetState, lease_id: str) -> Lease:
@@ -314,7 +315,7 @@ def _find(fleet: FleetState, lease_id: str) -> Lease:
     return fleet.leases[lease_id]
 
 
-def end(fleet: FleetState, lease: Lease, now: float, wait_s: float) -> None:
+def end(fleet: FleetState, lease: Lease, now: float) -> None:
     """Bring back what was loaded, when the other program's memory is gone."""
     lease.state = LeaseState.RELOADING
     id_ = f"end-{lease.id}"
@@ -330,7 +331,8 @@ def end(fleet: FleetState, lease: Lease, now: float, wait_s: float) -> None:
         now,
         purpose=Purpose.LEASE_END,
         lease=lease.id,
-        wait_until=now + wait_s,
+        wait_until=now + lease.reload_wait_s,
+        deadline=lease.reload_deadline,
     )
     operations.begin(fleet, operation)
     _publish(fleet, lease)
@@ -404,7 +406,7 @@ def expire(fleet: FleetState, now: float) -> None:
         late = lease.ttl_s is not None and now >= lease.renewed_at + lease.ttl_s
         if late and lease.state is LeaseState.HELD:
             lease.ended_because = "not renewed"
-            end(fleet, lease, now, RELOAD_WAIT_S)
+            end(fleet, lease, now)
 
 
 def listing(fleet: FleetState, now: float) -> list[dict[str, Any]]:

@@ -251,7 +251,7 @@ class Fleet:
         self.state.restores += 1
         id_ = f"drop-{self.state.restores}"
         holders = [worker for worker, _ in self.state.holders(model)]
-        steps = moves.unload_steps(holders, id_, Tier.DISK, model)
+        steps = moves.unload_steps(self.state, holders, id_, Tier.DISK, model)
         operation = Operation(id_, "unload", steps, now, purpose=Purpose.NOBODY)
         operations.begin(self.state, operation)
 
@@ -309,7 +309,7 @@ class Fleet:
         self.state.restores += 1
         id_ = f"idle-{self.state.restores}"
         loaded = [w for w, held in self.state.holders(model) if held.state is Residency.LOADED]
-        steps = moves.unload_steps(loaded, id_, Tier.HOST, model)
+        steps = moves.unload_steps(self.state, loaded, id_, Tier.HOST, model)
         operation = Operation(id_, "unload", steps, now, purpose=Purpose.NOBODY)
         operations.begin(self.state, operation)
 

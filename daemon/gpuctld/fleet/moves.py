@@ -48,7 +48,7 @@ def unload(fleet: FleetState, request: Unload, now: float) -> None:
     """
     target = Tier(request.to)
     workers = fleet.select(request.gpus)
-    steps = unload_steps(workers, request.id, target, _named(fleet, request.model))
+    steps = unload_steps(fleet, workers, request.id, target, _named(fleet, request.model))
     if request.suspend:
         steps += suspend_steps(workers, request.id)
     operations.begin(
@@ -74,7 +74,7 @@ def reload(fleet: FleetState, request: Reload, now: float) -> None:
     model = _named(fleet, request.model)
     workers = fleet.select(request.gpus)
     refuse_leased(fleet, workers, force=request.force)
-    steps = reload_steps(workers, request.id, model)
+    steps = reload_steps(fleet, workers, request.id, model)
     if model is not None and not steps:
         raise Busy(f"{model} is not in host memory", f"gpuctl load {model}")
     verify = request.verify or any(fleet.catalog[step.model].verify for step in steps)
@@ -127,13 +127,17 @@ def _adapter_change(fleet: FleetState, request: LoraAdd | LoraRemove) -> Adapter
 
 
 def unload_steps(
-    workers: Sequence[Worker], operation: str, target: Tier, model: str | None
+    fleet: FleetState,
+    workers: Sequence[Worker],
+    operation: str,
+    target: Tier,
+    model: str | None = None,
 ) -> list[Step]:
     """One step per worker and model; of all models, those that are or shall be there."""
     return [
         Step(worker.gpu, name, target, operation)
         for worker in workers
-        for name in ([model] if model is not None else _present(worker))
+        for name in ([model] if model is not None else _present(fleet, worker))
     ]
 
 
@@ -142,19 +146,23 @@ def suspend_steps(workers: Sequence[Worker], operation: str) -> list[Step]:
     return [Step(worker.gpu, "", Tier.HOST, operation, suspend=True) for worker in workers]
 
 
-def reload_steps(workers: Sequence[Worker], operation: str, model: str | None) -> list[Step]:
+def reload_steps(
+    fleet: FleetState, workers: Sequence[Worker], operation: str, model: str | None
+) -> list[Step]:
     """One step per worker where the model is, or shall be, in host memory or on the device."""
     return [
         Step(worker.gpu, name, Tier.DEVICE, operation)
         for worker in workers
-        for name in _present(worker)
+        for name in _present(fleet, worker)
         if model in {None, name}
     ]
 
 
-def _present(worker: Worker) -> list[str]:
+def _present(fleet: FleetState, worker: Worker) -> list[str]:
+    """Models that are there, shall be, or will be when what was accepted before is done."""
     there = [name for name, held in worker.models.items() if held.state is not Residency.ABSENT]
-    return list(dict.fromkeys([*there, *worker.wanted]))
+    coming = [name for name, tier in fleet.promised(worker).items() if tier is not Tier.DISK]
+    return list(dict.fromkeys([*there, *worker.wanted, *coming]))
 
 
 def _named(fleet: FleetState, model: str | None) -> str | None:

@@ -22,7 +22,7 @@ def enter(fleet: FleetState, request: Phase, now: float) -> None:
     phase = fleet.phases[request.name]
     workers = fleet.select(phase.devices)
     moves.refuse_leased(fleet, workers, force=False)
-    steps = [step for worker in workers for step in _away(worker, phase.loaded, request.id)]
+    steps = [step for worker in workers for step in _away(fleet, worker, phase.loaded, request.id)]
     steps += [step for worker in workers for step in _here(fleet, worker, phase.loaded, request.id)]
     deadline = float("inf") if request.timeout_s is None else now + request.timeout_s
     operation = Operation(
@@ -31,11 +31,11 @@ def enter(fleet: FleetState, request: Phase, now: float) -> None:
     operations.begin(fleet, operation)
 
 
-def _away(worker: Worker, loaded: list[str], operation: str) -> list[Step]:
+def _away(fleet: FleetState, worker: Worker, loaded: list[str], operation: str) -> list[Step]:
     return [
         Step(worker.gpu, name, Tier.HOST, operation)
-        for name, held in worker.models.items()
-        if held.state is Residency.LOADED and name not in loaded
+        for name, tier in fleet.promised(worker).items()
+        if tier is Tier.DEVICE and name not in loaded
     ]
 
 
@@ -43,8 +43,13 @@ def _here(fleet: FleetState, worker: Worker, loaded: list[str], operation: str) 
     return [
         Step(worker.gpu, name, Tier.DEVICE, operation)
         for name in loaded
-        if worker.state_of(name) is not Residency.LOADED and _allowed(fleet, worker, name)
+        if not _stays(fleet, worker, name) and _allowed(fleet, worker, name)
     ]
+
+
+def _stays(fleet: FleetState, worker: Worker, model: str) -> bool:
+    here = worker.state_of(model) is Residency.LOADED
+    return here and fleet.promised(worker).get(model) is Tier.DEVICE
 
 
 def _allowed(fleet: FleetState, worker: Worker, model: str) -> bool:

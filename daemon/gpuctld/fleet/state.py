@@ -94,6 +94,11 @@ class Step:
         return f"{self.operation}/{self.gpu}/{self.model}"
 
     @property
+    def moves(self) -> bool:
+        """It is about where a model is."""
+        return self.change is None and not self.suspend
+
+    @property
     def failed(self) -> bool:
         return self.row is not None and self.row["error"] is not None
 
@@ -171,6 +176,10 @@ class LeaseState(StrEnum):
     RELOADING = "reloading"
 
 
+RELOAD_WAIT_S = 30.0
+"""For the memory of the program that had the GPUs to be gone."""
+
+
 @attrs.define(eq=False)
 class Lease:
     """GPUs handed to another program. ``restore``: what was loaded on each when it began."""
@@ -197,6 +206,8 @@ class Lease:
     asked_workers_at: float = 0.0
     answered: bool = False
     release_request: str = ""
+    reload_wait_s: float = RELOAD_WAIT_S
+    reload_deadline: float = float("inf")
     ended_because: str = ""
 
     @property
@@ -313,6 +324,15 @@ class FleetState:
     def operation(self, id_: str) -> Operation | None:
         """The unfinished operation of that id."""
         return next((op for op in self.operations if op.id == id_), None)
+
+    def promised(self, worker: Worker) -> dict[str, Tier]:
+        """The tier of each model once every accepted operation is done."""
+        tiers = dict(worker.wanted)
+        for operation in self.operations:
+            for step in operation.unfinished:
+                if step.gpu == worker.gpu and step.moves and operation.name != "restore":
+                    tiers[step.model] = step.target
+        return tiers
 
     def lease_on(self, gpu: int) -> Lease | None:
         """The lease in force on a GPU."""

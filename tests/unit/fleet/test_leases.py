@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpuctl.protocol import Cancel, LeaseAcquire, LeaseRelease, LeaseRenew, Load, Reload
+from gpuctl.protocol import Cancel, LeaseAcquire, LeaseRelease, LeaseRenew, Load, Reload, Unload
 from gpuctld.fleet import effects, events
 from gpuctld.fleet.events import Peer
 from gpuctld.fleet.leases import PROBE_ANSWER_S, REMOTE_TTL_S
@@ -122,6 +122,28 @@ def test_an_unknown_gpu_is_refused_and_nothing_moves(loaded, gpus):
     assert not loaded.take(UnloadModel)
 
 
+@pytest.mark.parametrize("sent", [1, 0])
+def test_what_is_being_loaded_leaves_first_and_comes_back_after_it(bench, sent):
+    """A load in sequence is under way, or has not sent anything yet."""
+    load = bench.ask(Load(model="flux"))
+    if sent:
+        bench.answer_probes()
+    lease = held(bench)
+    assert bench.reply(load)["ok"]
+    assert bench.states() == ["parked"] * 2
+    bench.ask(LeaseRelease(lease=lease))
+    bench.work()
+    assert bench.states() == ["loaded"] * 2
+
+
+def test_what_is_being_unloaded_does_not_come_back(loaded):
+    loaded.ask(Unload())
+    lease = held(loaded)
+    loaded.ask(LeaseRelease(lease=lease))
+    loaded.work()
+    assert loaded.states() == ["parked"] * 2
+
+
 # --- memory that must be free -----------------------------------------------------------------
 
 
@@ -224,6 +246,39 @@ def test_a_second_release_is_told_that_it_ends_already(loaded):
     loaded.ask(LeaseRelease(lease=lease))
     second = loaded.ask(LeaseRelease(lease=lease))
     assert code(loaded, second) == "busy"
+
+
+def test_a_second_release_while_the_gpus_are_emptied_is_told_too_and_the_first_is_answered(loaded):
+    lease = acquire(loaded)
+    first, second = (loaded.ask(LeaseRelease(lease=lease)) for _ in range(2))
+    assert code(loaded, second) == "busy"
+    loaded.work()
+    assert loaded.reply(first)["ok"]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_release_waits_for_memory_as_long_as_it_says(loaded, early):
+    lease = acquire(loaded) if early else held(loaded)
+    loaded.free[0] = GIB
+    released = loaded.ask(LeaseRelease(lease=lease, wait_s=2))
+    for _ in range(4):
+        loaded.work()
+        loaded.wait(1)
+    assert code(loaded, released) == "device_memory"
+    assert loaded.states() == ["parked"] * 2
+
+
+def test_a_release_answers_within_its_timeout_and_the_reload_goes_on(loaded):
+    lease = held(loaded)
+    released = loaded.ask(LeaseRelease(lease=lease, timeout_s=5))
+    loaded.answer_probes()
+    reloads = loaded.take(ReloadModel)
+    loaded.wait(6)
+    assert code(loaded, released) == "timeout"
+    assert state(loaded, lease) is None
+    for gpu, command in reloads:
+        loaded.finish(gpu, command)
+    assert loaded.states() == ["loaded"] * 2
 
 
 def test_a_stranger_needs_force(loaded):

@@ -344,6 +344,26 @@ def test_a_phase_moves_only_what_differs(bench):
     assert (bench.states("flux"), bench.states("sd")) == (["loaded"] * 2, ["parked"] * 2)
 
 
+@pytest.mark.parametrize("request_", [Unload(), Phase(name="score")])
+def test_what_is_still_being_loaded_is_unloaded_after_it(bench, request_):
+    load = bench.ask(Load(model="flux"))
+    bench.answer_probes()
+    id_ = bench.ask(request_)
+    bench.work()
+    assert bench.reply(load)["ok"]
+    assert bench.reply(id_)["ok"]
+    assert bench.states() == ["parked", "parked"]
+
+
+def test_a_phase_brings_back_what_is_still_being_unloaded(bench):
+    loaded(bench)
+    bench.ask(Unload())
+    id_ = bench.ask(Phase(name="draw"))
+    bench.work()
+    assert bench.reply(id_)["ok"]
+    assert bench.states() == ["loaded", "loaded"]
+
+
 def test_keep_alive_parks_an_unused_model(make_bench):
     text = '[models.flux]\npath="/m"\nkeep_alive="10s"\n'
     bench = loaded(make_bench(1, text).all_up())
