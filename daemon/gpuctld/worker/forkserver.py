@@ -112,7 +112,11 @@ def _wait(sources: Iterable[Any], manager: Notifier, timeout_s: float | None = N
 
 
 class Nursery:
-    """The workers of one controller."""
+    """The workers of one controller, each by its pidfd.
+
+    Of an ending process the driver may hold on to memory when its pipes are closed already. A
+    pidfd is readable when nothing of it is left, and reaping it does not wait then.
+    """
 
     def __init__(
         self, connection: socket.socket, manager: Notifier, *others: socket.socket
@@ -127,8 +131,8 @@ class Nursery:
         try:
             while True:
                 ready = _wait([self._connection, *self._children], self._manager)
-                for sentinel in ready & self._children.keys():
-                    self._bury(sentinel)
+                for pidfd in ready & self._children.keys():
+                    self._bury(pidfd)
                 if self._connection in ready:
                     message, descriptors = self._receive()
                     if not isinstance(message, Fork) or message.version != gpuctl.__version__:
@@ -154,12 +158,11 @@ class Nursery:
                 name=f"gpuctl-worker-{request.gpu}",
             )
             process.start()
-        self._children[process.sentinel] = request.gpu, process
         pid = process.pid
         assert pid is not None  # noqa: S101  set by start()
         pidfd = os.pidfd_open(pid)
+        self._children[pidfd] = request.gpu, process
         self._send(Forked(gpu=request.gpu, pid=pid), pidfd)
-        os.close(pidfd)
 
     def _become(self, request: Fork, channel: socket.socket, parent: int) -> None:
         """In the child: a worker, whom the kernel ends with its parent whatever it is busy with."""
@@ -170,18 +173,26 @@ class Nursery:
         main = getattr(importlib.import_module(module), function)
         main(WorkerSpec.from_map(request.spec), channel)
 
-    def _bury(self, sentinel: int) -> None:
-        gpu, process = self._children.pop(sentinel)
+    def _bury(self, pidfd: int) -> None:
+        gpu, status = self._reap(pidfd)
+        self._send(Ended(gpu=gpu, status=status))
+
+    def _reap(self, pidfd: int) -> tuple[int, int | None]:
+        """Whose worker it was, and its exit status."""
+        gpu, process = self._children.pop(pidfd)
         process.join()
-        self._send(Ended(gpu=gpu, status=process.exitcode))
+        status = process.exitcode
         process.close()
+        os.close(pidfd)
+        return gpu, status
 
     def _end_all(self) -> None:
         for _, process in self._children.values():
             process.kill()
         deadline = time.monotonic() + BURY_S
-        for _, process in self._children.values():
-            process.join(max(0.0, deadline - time.monotonic()))
+        while self._children and (left := deadline - time.monotonic()) > 0:
+            for pidfd in self._children.keys() & {*wait(list(self._children), left)}:
+                self._reap(pidfd)
 
     def _send(self, message: messages.Forking, *descriptors: int) -> None:
         packet: bytes = messages.encode(message)[0]
