@@ -42,7 +42,6 @@ from gpuctld.fleet.events import (
 from gpuctld.fleet.state import FleetState, Operation, Purpose, StepState, Task, Worker
 from gpuctld.messages import (
     Beat,
-    CancelTask,
     Done,
     Failed,
     Fault,
@@ -258,7 +257,7 @@ class Fleet:
     def _stopping(self, event: Stopping, now: float) -> None:
         """Refuse new work, drop what waits; what runs may finish until the limit."""
         self.state.stopping = True
-        self._stop_at = now + self.state.config.deadlines.stop / 2
+        self._stop_by = now + self.state.config.deadlines.stop
         why = Cancelled("the daemon is stopping")
         for operation in list(self.state.operations):
             operations.cancel(self.state, operation.id, why, now)
@@ -267,15 +266,14 @@ class Fleet:
                 jobs.cancel(self.state, job, why, now)
 
     def _drain(self, now: float) -> None:
+        """Send home who is idle; in the second half of the time hurry the others."""
+        late = now >= self._stop_by - self.state.config.deadlines.stop / 2
         for worker in self.state.workers.values():
-            if not worker.up:
-                continue
-            if worker.task is None:
+            if worker.idle:
                 self.state.set_worker(worker, WorkerState.STOPPING, "the daemon stops", now)
                 self.state.emit(Send(worker.gpu, Stop()))
-            elif now >= self._stop_at and worker.task.strikes == 0:
-                worker.task.strikes = 1
-                self.state.emit(Send(worker.gpu, CancelTask(task=worker.task.id)))
+            elif late:
+                workers.hurry(self.state, worker, self._stop_by, now)
 
     def _tick(self, event: Tick, now: float) -> None:
         workers.watch(self.state, now)

@@ -182,6 +182,17 @@ def _watch_leaving(fleet: FleetState, worker: Worker, now: float) -> None:
         _kill(fleet, worker, worker.reason, now)
 
 
+def hurry(fleet: FleetState, worker: Worker, until: float, now: float) -> None:
+    """The daemon stops and has waited for long enough: what is under way ends now or ``until``."""
+    starting = worker.state is WorkerState.STARTING and worker.pid
+    if starting and worker.killed_at is None:
+        _kill(fleet, worker, "the daemon stops", now)
+    elif worker.up and worker.task is not None and worker.task.strikes == 0:
+        worker.task.strikes = 1
+        worker.task.deadline = min(worker.task.deadline, until)
+        fleet.emit(Send(worker.gpu, CancelTask(task=worker.task.id)))
+
+
 def _watch_running(fleet: FleetState, worker: Worker, now: float) -> None:
     if now - worker.heard_at > SILENCE_S:
         _kill(fleet, worker, f"silent for {SILENCE_S:g} s", now)

@@ -356,6 +356,33 @@ def test_stopping_drains_and_ends_the_workers(bench):
     assert bench.fleet.stopped
 
 
+def test_a_stop_waits_for_a_load_only_so_long(make_bench):
+    bench = make_bench(1).all_up()
+    bench.ask(Load(model="flux"))
+    bench.answer_probes()
+    assert bench.take(LoadModel)
+    bench.apply(events.Stopping())
+    sent = {}
+    for second in range(1, 23):
+        bench.wait(1)
+        sent[second] = [*bench.take(CancelTask), *signals(bench)]
+    assert [second for second, each in sent.items() if each] == [10, 20, 22]
+    assert sent[20] + sent[22] == [signal.SIGTERM, signal.SIGKILL]
+
+
+def test_a_stop_does_not_wait_for_a_worker_that_hangs_in_its_start(make_bench):
+    bench = make_bench(1)
+    bench.apply(events.Spawned(0, 100))
+    bench.apply(events.Stopping())
+    seen = []
+    for _ in range(12):
+        bench.wait(1)
+        seen += signals(bench)
+    assert seen == [signal.SIGKILL]
+    bench.die(0)
+    assert bench.fleet.stopped
+
+
 def test_a_model_that_leaves_the_catalog_leaves_the_workers(bench):
     loaded(bench)
     fresh = config.parse('[models.sd]\npath="/m"\n')
