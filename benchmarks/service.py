@@ -1,7 +1,7 @@
 """The whole service with a FLUX-sized pipeline on every GPU: LOAD, and the commands as typed.
 
 Needs CUDA, and room for twice the model in host memory and once on the disk. Writes what it saw
-as Markdown::
+as Markdown, each part as soon as it is there, and says how far it is::
 
     python benchmarks/service.py --folder /var/tmp --table docs/performance-service.md
 """
@@ -17,10 +17,13 @@ import datetime as dt
 import hashlib
 import multiprocessing
 import platform
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,6 +37,7 @@ from benchmarks import flux_sized
 MODEL = "flux"
 LOADS = 2
 PROMPT = "w2 w3 w4"
+LOG_TAIL = 4000
 
 
 def main() -> int:
@@ -51,15 +55,25 @@ def main() -> int:
         child = multiprocessing.get_context("fork").Process(
             target=flux_sized.save, args=(model, options.scale, torch.device("cuda:0"))
         )
-        started = time.monotonic()
         child.start()
         child.join()
-        print(f"written in {time.monotonic() - started:.0f} s", file=sys.stderr)
-        text = _about(options.scale, devices) + measure(Path(home), model, devices)
-    print(text)
-    if options.table:
-        options.table.write_text(text)
+        say("the model is written")
+        parts = []
+        for part in (_about(options.scale, devices), *measure(Path(home), model, devices)):
+            parts.append(part)
+            if options.table:
+                options.table.write_text("".join(parts))
+        say("done")
+    print("".join(parts))
     return 0
+
+
+BEGAN = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Progress, with the seconds since the beginning."""
+    print(f"{time.monotonic() - BEGAN:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def _about(scale: float, devices: str) -> str:
@@ -76,17 +90,32 @@ Written by `benchmarks/service.py`; no figure here was typed by hand.
 """
 
 
-def measure(home: Path, model: Path, devices: str) -> str:
-    """Start a daemon, load, and type the commands."""
+def measure(home: Path, model: Path, devices: str) -> Iterator[str]:
+    """Start a daemon, load, type the commands, and stop it: the parts of the page."""
     more = f'[models.{MODEL}]\npath = "{model}"\ndtype = "bfloat16"\n'
     more += f"[models.{MODEL}.defaults]\nnum_inference_steps = 2\nheight = 512\nwidth = 512\n"
     daemon = Daemon(home, 1, more=more, device=devices).start()
+    say("the daemon is up")
     try:
-        return _loads(daemon) + _transcript(daemon)
+        yield _loads(daemon)
+        yield from _transcript(daemon)
     finally:
-        started = time.monotonic()
+        seconds = _stop(daemon)
+    yield f"Stopped in {seconds:.1f} s.\n"
+
+
+def _stop(daemon: Daemon) -> float:
+    """Seconds that the daemon takes to leave. One that does not is shown and killed."""
+    started = time.monotonic()
+    try:
         daemon.stop()
-        print(f"stopped in {time.monotonic() - started:.1f} s", file=sys.stderr)
+    except subprocess.TimeoutExpired:
+        say("it does not stop; the end of its log:\n" + daemon.log[-LOG_TAIL:])
+        os.killpg(daemon.process.pid, signal.SIGKILL)
+        daemon.process.wait()
+        raise
+    say("stopped")
+    return time.monotonic() - started
 
 
 def _loads(daemon: Daemon) -> str:
@@ -99,7 +128,7 @@ def _loads(daemon: Daemon) -> str:
         one.append(client.load(MODEL, gpus=[0])["duration_s"])
         client.drop(MODEL)
         every.append(client.load(MODEL)["duration_s"])
-        print(f"LOAD: one GPU {one[-1]:.2f} s, all {every[-1]:.2f} s", file=sys.stderr)
+        say(f"LOAD: one GPU {one[-1]:.2f} s, all {every[-1]:.2f} s")
     ratio = statistics.median(every) / statistics.median(one)
     rows = client.status()["models"]
     size = next(row["host_bytes"] for row in rows if row["model"] == MODEL)
@@ -112,15 +141,17 @@ def _loads(daemon: Daemon) -> str:
 """
 
 
-def _transcript(daemon: Daemon) -> str:
+def _transcript(daemon: Daemon) -> Iterator[str]:
     gpus = range(len(daemon.client().status()["workers"]))
     before = [_picture(daemon, gpu) for gpu in gpus]
-    lines = [_typed(daemon, *words) for words in _commands()]
+    say("pictures")
+    for words in _commands():
+        yield _typed(daemon, *words) + "\n"
+        say(" ".join(words))
     after = [_picture(daemon, gpu) for gpu in gpus]
-    lines.append("")
+    say("pictures")
     same = "equal" if len({*before, *after}) == 1 else "DIFFERENT"
-    lines.append(f"Seeded pictures of all GPUs, before and after, bit by bit: {same}.\n")
-    return "\n".join(lines)
+    yield f"Seeded pictures of all GPUs, before and after, bit by bit: {same}.\n\n"
 
 
 def _commands() -> list[list[str]]:

@@ -105,7 +105,9 @@ class Daemon:
         if lent:
             command += ["--workers", str(lent.path)]
         with (self.home / "log").open("a") as log:
-            made = subprocess.Popen(command, stderr=log, env=self.environ, start_new_session=True)
+            made = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self.environ, start_new_session=True
+            )
         if lent:
             lent.serve(made, self.home / "faults.json")
         return made
