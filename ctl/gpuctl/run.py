@@ -28,6 +28,8 @@ NOT_STARTED = 125
 """Instead of 1, which may as well be the command's own."""
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
+_WHY_NOT = {errno.ENOENT: NOT_FOUND, errno.EAGAIN: NOT_STARTED, errno.ENOMEM: NOT_STARTED}
+"""Status by what the start failed with; the rest is the program's own fault."""
 UNSPECIFIC = GpuctlError.exit_status
 FROM_TERMINALS = {signal.SIGINT, signal.SIGQUIT}
 PASSED_ON = {*FROM_TERMINALS, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
@@ -121,7 +123,7 @@ def _run(command: list[str], visible: str | None, held: set[signal.Signals]) -> 
         child = subprocess.Popen(command, env=environ, preexec_fn=prepare)  # noqa: PLW1509, S603
     except OSError as failed:
         _tell(f"{command[0]}: {failed.strerror}")
-        return NOT_EXECUTABLE if failed.errno in {errno.EACCES, errno.ENOEXEC} else NOT_STARTED
+        return _WHY_NOT.get(failed.errno or 0, NOT_EXECUTABLE)
     while early := signal.sigtimedwait(held, 0):  # the terminal's may have come before the child
         child.send_signal(early.si_signo)
     return _status(child, held)

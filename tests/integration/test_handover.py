@@ -36,6 +36,25 @@ def test_the_commands_own_status_is_the_answer_and_the_models_are_back(daemon, c
     assert daemon.states() == ["loaded", "loaded"]
 
 
+@pytest.mark.parametrize(
+    ("first_line", "status"), [("#!/no/such/interpreter", 127), ("\x7fELF", 126)]
+)
+def test_a_command_that_only_the_kernel_finds_wrong_is_told_as_by_a_shell(
+    daemon, tmp_path, first_line, status
+):
+    program = tmp_path / "program"
+    program.write_text(f"{first_line}\n")
+    program.chmod(0o755)
+    daemon.cli("run", "--", str(program), check=status)
+    assert daemon.states() == ["loaded", "loaded"]
+
+
+def test_a_command_given_gpus_sees_no_others(daemon):
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    seen = daemon.cli("run", "--gpu", "1", "--", sys.executable, "-c", code)
+    assert seen.stdout == "\n", "none, for these are CPU devices"
+
+
 def test_the_command_has_stdin_stdout_and_free_gpus(daemon):
     code = "import sys; print(sys.stdin.read().upper())"
     done = daemon.cli("run", "--", sys.executable, "-c", code, input="hello")
