@@ -120,8 +120,9 @@ purge() {
     rm -rf "$DESTDIR/etc/gpuctl" "$DESTDIR/var/lib/gpuctl" "$DESTDIR/var/cache/gpuctl" \
         "$DESTDIR/var/log/gpuctl"
     for changed in gpuctld.service gpuctld-workers.service system-gpuctl.slice; do
-        rm -rf "$DESTDIR/etc/systemd/system/$changed.d" \
-            "$DESTDIR/etc/systemd/system.control/$changed.d"
+        for place in etc/systemd/system etc/systemd/system.control run/systemd/system.control; do
+            rm -rf "$DESTDIR/$place/$changed.d"
+        done
     done
     [ -z "$DESTDIR" ] || return 0
     if getent passwd gpuctl >/dev/null; then userdel gpuctl; fi

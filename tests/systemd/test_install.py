@@ -1,6 +1,6 @@
 """``make install`` as an administrator runs it: a virtual environment of its own, from the index.
 
-It takes two and a half minutes, most of them to unpack torch, so this runs by hand:
+It takes one to three minutes, most of them to unpack torch, so this runs by hand:
 ``GPUCTL_TEST_INSTALL=1 pytest tests/systemd/test_install.py``.
 """
 
