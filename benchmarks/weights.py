@@ -206,6 +206,7 @@ class Bench:
             self.ours[0].send("churn", seconds=4.0, what=what)
             self._note(f"neighbour_{what}", self.ours[1].call("steps", seconds=3.5))
             self.ours[0].receive()
+        self.ours[0].call("unload")  # the cycles have left it loaded
         together(self.ours, "reload")
 
     def _turns(self, other: str) -> None:
