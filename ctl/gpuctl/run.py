@@ -118,7 +118,7 @@ def _run(command: list[str], visible: str | None, held: set[signal.Signals]) -> 
         environ["CUDA_VISIBLE_DEVICES"] = visible
     if early := signal.sigtimedwait(held, 0):
         return 128 + early.si_signo
-    prepare = functools.partial(_prepare_command, held)
+    prepare = functools.partial(_prepare_command, os.getpid(), held)
     try:
         child = subprocess.Popen(command, env=environ, preexec_fn=prepare)  # noqa: PLW1509, S603
     except OSError as failed:
@@ -129,9 +129,11 @@ def _run(command: list[str], visible: str | None, held: set[signal.Signals]) -> 
     return _status(child, held)
 
 
-def _prepare_command(held: set[signal.Signals]) -> None:
+def _prepare_command(parent: int, held: set[signal.Signals]) -> None:
     """In the child, before exec: without us nobody would give its GPUs back in order."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it has died already: that signal will never come
+        os._exit(128 + signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*held, signal.SIGCHLD})
 
 
