@@ -201,11 +201,18 @@ def _edit(client: Client, asked: list[Edit]) -> list[Image.Image]:
 def _report(console: Console, timings: list[Timing], rounds: list[Round], size: int) -> None:
     console.print(_operations(timings))
     console.print(_loop(rounds))
-    saved = sum(each.saved for each in timings)
     console.print(
-        f"Broadcast has saved {_ms(saved)} per category, {_ms(saved * len(rounds))} in all; these\n"
+        f"Broadcast has saved {_saved(timings, len(rounds))}; these\n"
         f"weights are {size / 1e6:.0f} MB. What 34 GB on each GPU take: docs/performance.md.\n"
     )
+
+
+def _saved(timings: list[Timing], rounds: int) -> str:
+    """What a broadcast gains needs a core for each device."""
+    saved = sum(each.saved for each in timings)
+    if saved <= 0:
+        return "nothing on this machine, which is busy or has few cores"
+    return f"{_ms(saved)} per category, {_ms(saved * rounds)} in all"
 
 
 def _ms(seconds: float) -> str:
