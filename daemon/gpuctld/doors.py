@@ -47,6 +47,7 @@ class Door:
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, remote: Remote | None = None
     ) -> None:
+        path = _bindable(endpoint)
         self.endpoint = endpoint
         self.refused = 0
         self.socket = context.socket(zmq.ROUTER)
@@ -58,9 +59,6 @@ class Door:
         self.socket.set(zmq.MAXMSGSIZE, protocol.MAX_BLOB_BYTES)
         self.socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._skipping = False
-        path = ipc_path(endpoint)
-        if path is None:
-            raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
         self._entrances: list[Entrance] = [IpcEntrance(self.socket, path)]
         if remote is not None:
             self._entrances.append(TcpEntrance(self.socket, context, remote))
@@ -164,6 +162,21 @@ def _has_key(frame: zmq.Frame) -> bool:
         return bool(frame.get("User-Id"))
     except zmq.ZMQError:
         return False
+
+
+def _bindable(endpoint: str) -> Path:
+    """The path to bind.
+
+    Raises:
+        BadConfig: it is no ipc endpoint, or longer than the kernel takes.
+    """
+    path = ipc_path(endpoint)
+    if path is None:
+        raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
+    if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
+        limit = f"a socket's path has at most {zmq.IPC_PATH_MAX_LEN} bytes"
+        raise BadConfig(f"{path} is too long: {limit}", "name a shorter one with --socket")
+    return path
 
 
 def ipc_path(endpoint: str) -> Path | None:

@@ -87,7 +87,7 @@ def stops_under_load(trial: Trial, count: int) -> list[float]:
 
 def daemons_at_once(trial: Trial, count: int) -> list[float]:
     """Four daemons started at once for one socket; seconds until three have left."""
-    home = trial.arena.daemon.home / "contested"
+    home = trial.arena.daemon.home.with_name("rivals")
     home.mkdir()
     contested = Daemon(home, workers=1)
     return [_contest(trial, contested) for _ in range(count)]

@@ -8,6 +8,7 @@ import time
 import pytest
 import zmq
 
+from gpuctl.errors import BadConfig
 from gpuctld import entrances
 from gpuctld.doors import Door
 
@@ -73,3 +74,9 @@ def test_nothing_is_left_of_a_closed_door(tmp_path):
     with zmq.Context() as context:
         Door(context, f"ipc://{tmp_path}/door.sock").close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("endpoint", [f"ipc:///tmp/{'x' * 120}.sock", "tcp://127.0.0.1:1"])
+def test_an_endpoint_that_cannot_be_bound_is_named(endpoint):
+    with zmq.Context() as context, pytest.raises(BadConfig, match=endpoint.split("//")[1]):
+        Door(context, endpoint)
