@@ -199,13 +199,19 @@ class Bench:
             together(self.ours, "reload")
 
     def _neighbour(self) -> None:
-        """Steps on GPU 1 while GPU 0 does something else."""
+        """Steps on GPU 1 while GPU 0 does something else.
+
+        In turns, forth and back: the slowest steps of one and the same second are up to half as
+        slow again as those of the next, whatever the other GPU does.
+        """
         together(self.ours, "unload")
         self.ours[1].call("steps", seconds=1.0)
-        for what in ("idle", "pins", "cycles"):
-            self.ours[0].send("churn", seconds=4.0, what=what)
-            self._note(f"neighbour_{what}", self.ours[1].call("steps", seconds=3.5))
-            self.ours[0].receive()
+        order = ("idle", "pins", "cycles")
+        for _ in range(-(-self.cycles // 2)):
+            for what in (*order, *reversed(order)):
+                self.ours[0].send("churn", seconds=1.2, what=what)
+                self._note(f"neighbour_{what}", self.ours[1].call("steps", seconds=1.0))
+                self.ours[0].receive()
         self.ours[0].call("unload")  # the cycles have left it loaded
         together(self.ours, "reload")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -194,9 +195,9 @@ def _neighbour_rows(found: Found) -> list[Row]:
 
 
 def _p99_step(found: Found, what: str) -> float | None:
-    """Milliseconds of a step on the GPU beside."""
+    """Milliseconds of a step on the GPU beside, over all turns together."""
     name = f"neighbour_{what}"
-    return percentile(found[name][0], 0.99) if name in found else None
+    return percentile([*itertools.chain(*found[name])], 0.99) if name in found else None
 
 
 ARMS = {

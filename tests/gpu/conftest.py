@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -7,8 +9,13 @@ from gpuctld import weights
 from gpuctld.weights import ModelSource
 from tests.conftest import silent
 from tests.fakes.tiny_models import tiny_stable_diffusion
+from tests.gpu import graphs
 
 DEVICE = torch.device("cuda:0")
+MIB = 2**20
+WIDTH = 8192
+LAYER_BYTES = WIDTH * WIDTH * 4
+"""Of a layer so large that what is left of it can be told from what a context takes."""
 
 
 def pytest_collection_modifyitems(items):
@@ -29,6 +36,14 @@ def gauge():
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     return tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def layer(gauge):
+    descriptor, resident = graphs.attached(graphs.linear(WIDTH), DEVICE, gauge)
+    yield resident
+    resident.drop()
+    os.close(descriptor)
 
 
 @pytest.fixture

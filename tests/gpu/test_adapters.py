@@ -12,25 +12,18 @@ from gpuctld.weights.slab import CudaSlab
 from tests.conftest import silent
 from tests.fakes import adapters
 from tests.gpu import graphs
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, LAYER_BYTES, MIB, WIDTH
 from tests.gpu.test_weights import picture, used
 
 pytestmark = pytest.mark.gpu
 
-WIDTH = 8192
-LAYER_BYTES = WIDTH * WIDTH * 4
-MIB = 2**20
-
 
 @pytest.fixture
-def layer(gauge):
-    """A model of one layer of 256 MiB with an adapter of the same size."""
-    descriptor, resident = graphs.attached(graphs.linear(WIDTH), DEVICE, gauge)
+def adapted(layer):
+    """A model of one layer with an adapter of the same size."""
     adapter = torch.randn(WIDTH, WIDTH, device=DEVICE)
-    graphs.adopt(resident, adapter)
-    yield resident, adapter
-    resident.drop()
-    os.close(descriptor)
+    graphs.adopt(layer, adapter)
+    return layer, adapter
 
 
 @pytest.fixture
@@ -67,8 +60,8 @@ def test_an_adapter_comes_with_a_model_that_was_parked_from_the_start(resident, 
     assert (picture(resident) == expected).all()
 
 
-def test_an_unload_gives_the_adapters_memory_back_too(layer):
-    resident, adapter = layer
+def test_an_unload_gives_the_adapters_memory_back_too(adapted):
+    resident, adapter = adapted
     torch.cuda.empty_cache()
     expected, before, address = adapter.cpu(), used(), adapter.data_ptr()
     assert resident.device_bytes == resident.layout.slab_bytes + LAYER_BYTES
@@ -95,8 +88,8 @@ def test_an_adapter_that_is_taken_off_leaves_no_memory(gauge):
     os.close(descriptor)
 
 
-def test_where_the_adapter_does_not_fit_the_model_stays_parked_too(layer):
-    resident, adapter = layer
+def test_where_the_adapter_does_not_fit_the_model_stays_parked_too(adapted):
+    resident, adapter = adapted
     expected = adapter.cpu()
     resident.unload()
     free, _ = torch.cuda.mem_get_info(DEVICE)

@@ -12,18 +12,17 @@ import torch
 
 from gpuctl.errors import SuspendRefused
 from gpuctld import weights
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, MIB
 
 pytestmark = pytest.mark.gpu
 
-MIB = 2**20
 
 WORKER = """
 import sys, torch
 from gpuctld import weights
 from tests.gpu import graphs
 from tests.conftest import silent
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, MIB
 
 _, resident = graphs.attached(graphs.linear(8192), DEVICE, weights.gauge(torch.device("cpu"), ""))
 adapter = torch.randn(8192, 8192, device=DEVICE)

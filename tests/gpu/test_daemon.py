@@ -12,11 +12,11 @@ import pynvml
 import pytest
 
 from gpuctl.errors import GpuctlError
+from tests.gpu.conftest import MIB
 from tests.integration.daemon import Daemon, states, worker_states
 
 pytestmark = pytest.mark.gpu
 
-MIB = 2**20
 
 KEEPER = """
 import time, torch

@@ -13,11 +13,9 @@ from gpuctld import weights
 from gpuctld.weights.rendezvous import Listener, Meeting
 from tests.conftest import silent
 from tests.gpu import graphs
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, WIDTH
 
 pytestmark = pytest.mark.gpu
-
-WIDTH = 8192
 
 
 def worker(rank, paths, layout, channel, dies):

@@ -13,21 +13,9 @@ from gpuctld import weights
 from gpuctld.weights.slab import CudaSlab
 from tests.conftest import silent
 from tests.gpu import graphs
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, LAYER_BYTES, MIB, WIDTH
 
 pytestmark = pytest.mark.gpu
-
-WIDTH = 8192
-LAYER_BYTES = WIDTH * WIDTH * 4
-MIB = 2**20
-
-
-@pytest.fixture
-def layer(gauge):
-    descriptor, resident = graphs.attached(graphs.linear(WIDTH), DEVICE, gauge)
-    yield resident
-    resident.drop()
-    os.close(descriptor)
 
 
 def used():

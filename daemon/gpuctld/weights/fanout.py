@@ -47,7 +47,7 @@ def fill(meeting: Meeting, memory: CudaSlab, copies: Copies) -> str:
     spans = shares(memory.size, meeting.world)
     arrivals = _queue_share(spans[meeting.rank], memory, copies)
     with contextlib.ExitStack() as stack:
-        peers = _gather(meeting, memory, stack)
+        peers = _gather(meeting, memory, spans[meeting.rank], stack)
         pushes = _Pushes(peers, memory)
         stack.callback(pushes.wait)  # also after a failure: peers' memory is unmapped next
         for arrival in arrivals:
@@ -80,42 +80,53 @@ def shares(size: int, world: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _gather(meeting: Meeting, memory: CudaSlab, stack: contextlib.ExitStack) -> list[Peer]:
+def _gather(
+    meeting: Meeting, memory: CudaSlab, span: tuple[int, int], stack: contextlib.ExitStack
+) -> list[Peer]:
     shown = memory.export()
     try:
         links = rendezvous.meet(meeting, shown)
     finally:
         for descriptor, _ in shown:
             os.close(descriptor)
-    peers = [Peer(link, memory.device) for link in links]
+    peers = [Peer(link, memory.device, span) for link in links]
     for peer in peers:
         stack.callback(peer.close)
     return peers
 
 
 class Peer:
-    """Another worker's slab, mapped here if this GPU can reach it."""
+    """Another worker's slab, if this GPU can reach it: mapped here where ``span`` is pushed to."""
 
-    def __init__(self, link: Link, device: int) -> None:
+    def __init__(self, link: Link, device: int, span: tuple[int, int]) -> None:
         self.rank = link.rank
         self._link = link
         self._size = sum(size for _, size in link.memory)
         self._mapped: list[tuple[int, int, object]] = []
         self.address = driver.reserve(self._size)
-        self.reachable = self._map(device)
+        self.reachable = self._map(device, span)
 
-    def _map(self, device: int) -> bool:
-        at = self.address
+    def _map(self, device: int, span: tuple[int, int]) -> bool:
+        """Only what is written to: unmapping all of it again would make the reload wait."""
+        first, last = span
+        start = 0
         try:
             for descriptor, size in self._link.memory:
-                handle = driver.import_memory(descriptor)
-                self._mapped.append((at, 0, handle))
-                driver.map_at(at, size, handle, device)
-                self._mapped[-1] = (at, size, handle)
-                at += size
+                if start < last and first < start + size:
+                    self._map_piece(self.address + start, size, descriptor, device)
+                start += size
         except GpuctlError:
             return False  # no peer access between the two GPUs
         return True
+
+    def _map_piece(self, at: int, size: int, descriptor: int, device: int) -> None:
+        handle = driver.import_memory(descriptor)
+        try:
+            driver.map_at(at, size, handle, device)
+        except GpuctlError:
+            driver.release(handle)
+            raise
+        self._mapped.append((at, size, handle))
 
     def tell(self, word: bytes) -> None:
         """Say whether our share is in the peer's slab."""
@@ -132,8 +143,7 @@ class Peer:
 
     def close(self) -> None:
         for at, size, handle in self._mapped:
-            if size:
-                driver.unmap(at, size)
+            driver.unmap(at, size)
             driver.release(handle)
         driver.free_addresses(self.address, self._size)
         self._link.close()
