@@ -23,6 +23,7 @@ from gpuctld import doors, logs
 from gpuctld.answers import Answers, Caller
 from gpuctld.doors import Door, Incoming
 from gpuctld.fleet import Fleet, effects, events, report
+from gpuctld.fleet.snapshot import Snapshot
 from gpuctld.links import Links
 from gpuctld.messages import Failed, LoadModel
 from gpuctld.processes import Processes
@@ -96,10 +97,9 @@ class Controller:
 
     def run(self) -> None:
         """Serve until stopped."""
-        if self.fleet.state.config.daemon.restore:
-            self._inbox.append(events.Restored(self.state_file.read()))
-        for gpu in self.fleet.state.workers:
-            self._carry_out(effects.Spawn(gpu))
+        restore = self.fleet.state.config.daemon.restore
+        self._inbox.append(events.Booted(self.state_file.read() if restore else Snapshot()))
+        self._settle()
         while not self.fleet.stopped:
             self.turn()
         self.supervisor.dismiss()
@@ -248,7 +248,7 @@ class Controller:
             event = self._inbox.popleft()
             for effect in self.fleet.apply(event, time.monotonic()):
                 self._carry_out(effect)
-        self.state_file.save(self.fleet.wanted)
+        self.state_file.save(self.fleet.snapshot)
 
     def _carry_out(self, effect: effects.Effect) -> None:
         match effect:
@@ -265,7 +265,7 @@ class Controller:
             case effects.ReleaseCopy():
                 self.store.release(effect.model)
             case effects.WatchProcess():
-                self.processes.watch(effect.lease, effect.pid)
+                self.processes.watch(effect.lease, effect.pid, effect.since)
             case effects.UnwatchProcess():
                 self.processes.forget(effect.lease)
 

@@ -1,4 +1,4 @@
-"""What was loaded where, kept across restarts of the daemon."""
+"""The fleet's snapshot, kept across restarts of the daemon."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import logging
 import os
 from pathlib import Path
 
-from gpuctl.residency import Tier
+from cattrs import BaseValidationError
+from cattrs.preconf.json import make_converter
+
 from gpuctld import logs
+from gpuctld.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+_converter = make_converter()
 
 
 class StateFile:
@@ -24,22 +30,22 @@ class StateFile:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "wanted.json"
         self.problem = ""
-        self._saved: dict[int, dict[str, str]] | None = None
+        self._saved: Snapshot | None = None
 
-    def read(self) -> dict[int, dict[str, str]]:
-        """``{gpu: {model: tier}}``; empty if there is none.
+    def read(self) -> Snapshot:
+        """What was saved last; nothing if there is no file.
 
         A damaged file never stops the start: it is set aside and named in the log.
         """
         try:
             return _parse(self.path.read_text())
         except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as damaged:
+            return Snapshot()
+        except (OSError, ValueError, TypeError, AttributeError, BaseValidationError) as damaged:
             reason = logs.fields(path=self.path, reason=damaged)
             log.warning("state_file_damaged", extra=reason)
             self._set_aside()
-            return {}
+            return Snapshot()
 
     def _set_aside(self) -> None:
         try:
@@ -47,18 +53,17 @@ class StateFile:
         except OSError as stuck:
             self.problem = f"state not saved: {stuck}"
 
-    def save(self, wanted: dict[int, dict[str, str]]) -> None:
-        """Keep ``wanted`` if it has changed; a failure is remembered in ``problem``."""
-        if wanted == self._saved:
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep ``snapshot`` if it has changed; a failure is remembered in ``problem``."""
+        if snapshot == self._saved:
             return
-        document = {"schema": SCHEMA, "wanted": {str(gpu): m for gpu, m in wanted.items()}}
         try:
-            self._write(json.dumps(document, indent=1) + "\n")
+            self._write(_text(snapshot))
         except OSError as failed:
             self._complain(failed)
             return
         self.problem = ""
-        self._saved = wanted
+        self._saved = snapshot
 
     def _complain(self, failed: OSError) -> None:
         """Once per problem: every change tries again."""
@@ -77,9 +82,17 @@ class StateFile:
         fresh.replace(self.path)
 
 
-def _parse(text: str) -> dict[int, dict[str, str]]:
-    wanted = json.loads(text)["wanted"]
-    return {
-        int(gpu): {str(model): str(Tier(tier)) for model, tier in models.items()}
-        for gpu, models in wanted.items()
-    }
+def _text(snapshot: Snapshot) -> str:
+    document = {"schema": SCHEMA, "boot": _boot(), **_converter.unstructure(snapshot)}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _parse(text: str) -> Snapshot:
+    document = json.loads(text)
+    snapshot = _converter.structure(document, Snapshot)
+    return snapshot if document.get("boot") == _boot() else snapshot.without_leases()
+
+
+def _boot() -> str:
+    """This boot of the machine, to which pids and the monotonic clock belong."""
+    return BOOT_ID.read_text().strip()

@@ -329,3 +329,48 @@ def test_a_worker_that_hangs_while_the_gpus_are_emptied_is_replaced(own_daemon):
     daemon.inject({"command": "UnloadModel", "gpu": 0, "stop": True})
     daemon.cli("run", "--", "sh", "-c", "exit 7", check=7)
     assert daemon.states() == ["loaded", "loaded"]
+
+
+def waiting_command(daemon, tmp_path):
+    """``gpuctl run`` with a command that runs until it is let go: (client, its end)."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    client = daemon.popen(
+        *("run", "--", "sh", "-c", f"echo $$; read word < {gate}; exit $word"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert client.stdout.readline()
+    return client, gate
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lease_outlives_the_daemon_and_its_command_notices_nothing(own_daemon, tmp_path, number):
+    daemon = own_daemon(2)
+    daemon.client().load("shapes")
+    client, gate = waiting_command(daemon, tmp_path)
+    daemon.stop(number)
+    daemon.start()
+    status = daemon.client().status()
+    [lease] = status["leases"]
+    assert (lease["state"], lease["holder"]["pid"]) == ("held", client.pid)
+    assert {worker["pid"] for worker in status["workers"]} == {0}, "nothing of ours on its GPUs"
+    with pytest.raises(GpuctlError, match="leased to pid"):
+        daemon.client().load("shapes")
+    gate.write_text("7\n")
+    _, told = client.communicate(timeout=30)
+    assert client.returncode == 7
+    assert "not back" not in told
+    assert daemon.states() == ["loaded", "loaded"]
+
+
+def test_a_command_that_ends_while_the_daemon_is_away_has_given_its_gpus_back(own_daemon, tmp_path):
+    daemon = own_daemon(2)
+    daemon.client().load("shapes")
+    client, _ = waiting_command(daemon, tmp_path)
+    daemon.stop(signal.SIGKILL)
+    client.kill()
+    client.communicate()
+    daemon.start()
+    daemon.wait_for(lambda status: states(status) == ["loaded", "loaded"])
+    assert not daemon.client().status()["leases"]

@@ -48,6 +48,16 @@ def test_a_process_that_has_gone_already_is_told(sleeper):
     assert ended(processes) == ["lease"]
 
 
+def test_a_process_that_has_a_dead_ones_pid_is_not_taken_for_it(sleeper):
+    processes = Processes()
+    processes.watch("before", sleeper.pid, time.monotonic() - 60)
+    assert list(processes.ended(set())) == ["before"]
+    processes.watch("after", sleeper.pid, time.monotonic())
+    assert list(processes.ended(set())) == []
+    assert len(processes.descriptors()) == 1
+    processes.forget("after")
+
+
 def test_without_a_descriptor_it_is_tried_again(sleeper, monkeypatch):
     processes = Processes()
     with monkeypatch.context() as scarce:

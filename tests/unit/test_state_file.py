@@ -7,14 +7,29 @@ import resource
 import signal
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpuctld import state_file
+from gpuctld.fleet.events import Peer
+from gpuctld.fleet.snapshot import KeptLease, Snapshot
 from gpuctld.state_file import StateFile
 
-WANTED = {0: {"flux": "device", "sd": "host"}, 1: {"flux": "device"}}
-OTHER = {0: {"flux": "host"}}
+LEASE = KeptLease(
+    id="ab12",
+    gpus=[1],
+    holder=Peer(pid=7, uid=1000),
+    command="score.py",
+    queue_jobs=True,
+    ttl_s=None,
+    asked_at=12.5,
+    restore={1: ["flux"]},
+)
+WANTED = Snapshot(wanted={0: {"flux": "device", "sd": "host"}, 1: {"flux": "host"}}, leases=[LEASE])
+OTHER = Snapshot(wanted={0: {"flux": "host"}})
+NOTHING = Snapshot()
 
 
 @pytest.fixture
@@ -32,13 +47,23 @@ def test_what_was_saved_is_read(tmp_path):
     assert StateFile(tmp_path / "state").read() == WANTED
 
 
+def test_a_lease_does_not_outlive_the_machine_it_was_on(tmp_path, monkeypatch):
+    other = tmp_path / "boot_id"
+    other.write_text("another boot")
+    StateFile(tmp_path).save(WANTED)
+    monkeypatch.setattr(state_file, "BOOT_ID", other)
+    assert StateFile(tmp_path).read() == Snapshot(
+        wanted={0: {"flux": "device", "sd": "host"}, 1: {"flux": "device"}}
+    )
+
+
 def test_a_file_cut_at_any_byte_never_stops_the_start(tmp_path):
     StateFile(tmp_path).save(WANTED)
     whole = StateFile(tmp_path).path.read_bytes()
     for length in range(len(whole) - 2):
         StateFile(tmp_path).path.write_bytes(whole[:length])
         fresh = StateFile(tmp_path)
-        assert fresh.read() == {}
+        assert fresh.read() == NOTHING
         assert not fresh.path.exists(), "it is set aside"
         fresh.save(WANTED)
         assert StateFile(tmp_path).read() == WANTED
@@ -48,7 +73,7 @@ def test_a_file_cut_at_any_byte_never_stops_the_start(tmp_path):
 def test_any_bytes_are_read_as_nothing(tmp_path_factory, data):
     home = tmp_path_factory.mktemp("state")
     StateFile(home).path.write_bytes(data)
-    assert StateFile(home).read() == {}
+    assert StateFile(home).read() == NOTHING
 
 
 @given(
@@ -61,7 +86,7 @@ def test_any_bytes_are_read_as_nothing(tmp_path_factory, data):
 def test_no_document_stops_the_start(tmp_path_factory, document):
     home = tmp_path_factory.mktemp("state")
     StateFile(home).path.write_text(json.dumps({"wanted": document}))
-    assert isinstance(StateFile(home).read(), dict)
+    assert isinstance(StateFile(home).read(), Snapshot)
 
 
 def test_a_disk_that_is_full_at_any_byte_keeps_the_old_file(tmp_path, file_limit):
@@ -71,7 +96,7 @@ def test_a_disk_that_is_full_at_any_byte_keeps_the_old_file(tmp_path, file_limit
     for limit in range(size):
         full = StateFile(tmp_path)
         file_limit(limit)
-        full.save({**WANTED, 2: {"flux": "device"}})
+        full.save(attrs.evolve(WANTED, wanted={**WANTED.wanted, 2: {"flux": "device"}}))
         file_limit(resource.RLIM_INFINITY)
         assert full.problem.startswith("state not saved")
         assert StateFile(tmp_path).read() == WANTED
@@ -82,6 +107,6 @@ def test_a_disk_that_is_full_at_any_byte_keeps_the_old_file(tmp_path, file_limit
 
 def test_a_folder_that_takes_no_file_is_told_and_tried_again():
     nowhere = StateFile(Path("/proc/self"))
-    assert nowhere.read() == {}
+    assert nowhere.read() == NOTHING
     nowhere.save(WANTED)
     assert nowhere.problem.startswith("state not saved")

@@ -60,10 +60,14 @@ class ReleaseCopy:
 
 @attrs.frozen
 class WatchProcess:
-    """Tell the fleet when the process of a lease's holder has ended."""
+    """Tell the fleet when the process of a lease's holder has ended.
+
+    ``since``: it was there at that monotonic time (seconds); one that began later is another's.
+    """
 
     lease: str
     pid: int
+    since: float
 
 
 @attrs.frozen

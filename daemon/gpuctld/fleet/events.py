@@ -66,10 +66,10 @@ class HolderDied:
 
 
 @attrs.frozen
-class Restored:
-    """What was loaded or parked before the daemon stopped: ``{gpu: {model: tier}}``."""
+class Booted:
+    """The daemon starts; ``snapshot``: what it remembers (:mod:`gpuctld.fleet.snapshot`)."""
 
-    wanted: dict[int, dict[str, str]]
+    snapshot: Any
 
 
 @attrs.frozen
@@ -97,7 +97,7 @@ Event = (
     | Spawned
     | Died
     | HolderDied
-    | Restored
+    | Booted
     | Reconfigured
     | Stopping
     | Tick

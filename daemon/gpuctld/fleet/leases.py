@@ -22,6 +22,7 @@ from gpuctl.residency import Tier
 from gpuctld.fleet import moves, operations, placement, preflight, report
 from gpuctld.fleet.effects import Answer, Send, UnwatchProcess, WatchProcess
 from gpuctld.fleet.events import Peer, Requested
+from gpuctld.fleet.snapshot import KeptLease
 from gpuctld.fleet.state import FleetState, Lease, LeaseState, Operation, Purpose, Step, Worker
 from gpuctld.messages import Probe
 
@@ -46,7 +47,7 @@ def acquire(fleet: FleetState, event: Requested, now: float) -> None:
     _refuse_conflict(fleet, lease, request.wait_s)
     fleet.leases[lease.id] = lease
     if lease.ttl_s is None:  # it ends with its process; with a time to live it outlives that
-        fleet.emit(WatchProcess(lease.id, lease.holder.pid))
+        fleet.emit(WatchProcess(lease.id, lease.holder.pid, lease.asked_at))
     _publish(fleet, lease)
 
 
@@ -68,6 +69,39 @@ def _new(request: LeaseAcquire, event: Requested, gpus: list[int], now: float) -
         wait_until=now + request.wait_s,
         deadline=float("inf") if request.timeout_s is None else now + request.timeout_s,
     )
+
+
+def adopt(fleet: FleetState, kept: KeptLease, now: float) -> None:
+    """Go on with a lease that was in force when an earlier daemon ended.
+
+    Its holder has the time to live once more to renew it, or is watched; it may have ended already.
+    """
+    gpus = [gpu for gpu in kept.gpus if gpu in fleet.workers]
+    if not gpus:
+        return
+    lease = Lease(
+        id=kept.id,
+        gpus=gpus,
+        client=b"",  # it has a new connection now, if any
+        holder=kept.holder,
+        command=kept.command,
+        need_bytes=0,
+        abort_jobs=False,
+        suspend=False,
+        queue_jobs=kept.queue_jobs,
+        ttl_s=kept.ttl_s,
+        asked_at=kept.asked_at,
+        renewed_at=now,
+        wait_until=now,
+        deadline=float("inf"),
+        state=LeaseState.HELD,
+        restore={gpu: names for gpu, names in kept.restore.items() if gpu in gpus},
+        answered=True,
+    )
+    fleet.leases[lease.id] = lease
+    if lease.ttl_s is None:
+        fleet.emit(WatchProcess(lease.id, lease.holder.pid, lease.asked_at))
+    _publish(fleet, lease)
 
 
 def _check_size(workers: list[Worker], need: int) -> None:

@@ -23,10 +23,12 @@ from gpuctld.fleet import (
     phases,
     preflight,
     report,
+    snapshot,
     workers,
 )
 from gpuctld.fleet.effects import Answer, Effect, Send
 from gpuctld.fleet.events import (
+    Booted,
     ClientGone,
     Died,
     Event,
@@ -34,11 +36,11 @@ from gpuctld.fleet.events import (
     HolderDied,
     Reconfigured,
     Requested,
-    Restored,
     Spawned,
     Stopping,
     Tick,
 )
+from gpuctld.fleet.snapshot import Snapshot
 from gpuctld.fleet.state import FleetState, Operation, Purpose, StepState, Task, Worker
 from gpuctld.messages import (
     Beat,
@@ -68,9 +70,12 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Every worker has said hello at least once, or has used up its attempts."""
+        """Every worker has said hello at least once, has used up its attempts, or must wait."""
         on_the_way = {WorkerState.STARTING, WorkerState.BACKOFF}
-        return all(worker.state not in on_the_way for worker in self.state.workers.values())
+        return all(
+            worker.state not in on_the_way or self.state.is_handed_over(worker.gpu)
+            for worker in self.state.workers.values()
+        )
 
     @property
     def stopped(self) -> bool:
@@ -79,13 +84,9 @@ class Fleet:
         return self.state.stopping and all(each.state is WorkerState.STUCK for each in left)
 
     @property
-    def wanted(self) -> dict[int, dict[str, str]]:
-        """The tier that each model shall be in, per GPU: what the state file keeps."""
-        return {
-            worker.gpu: {model: str(tier) for model, tier in worker.wanted.items()}
-            for worker in self.state.workers.values()
-            if worker.wanted
-        }
+    def snapshot(self) -> Snapshot:
+        """What the state file keeps."""
+        return snapshot.take(self.state)
 
     def apply(self, event: Event, now: float) -> list[Effect]:
         """Take one event at monotonic time ``now`` (seconds); what to do about it, in order."""
@@ -231,12 +232,15 @@ class Fleet:
 
     # --- the daemon itself ------------------------------------------------------------------
 
-    def _restored(self, event: Restored, now: float) -> None:
-        for gpu, models in event.wanted.items():
+    def _booted(self, event: Booted, now: float) -> None:
+        for gpu, models in event.snapshot.wanted.items():
             worker = self.state.workers.get(gpu)
             if worker is not None:
-                known = {name: Tier(t) for name, t in models.items() if name in self.state.catalog}
+                known = {name: tier for name, tier in models.items() if name in self.state.catalog}
                 worker.wanted.update(known)
+        for kept in event.snapshot.leases:
+            leases.adopt(self.state, kept, now)
+        workers.start(self.state, now)
 
     def _reconfigured(self, event: Reconfigured, now: float) -> None:
         """Models that left the catalog leave the workers too; new ones may be asked for."""
@@ -378,7 +382,7 @@ _HANDLERS: Mapping[type, Handler] = {
     Heard: Fleet._heard,  # noqa: SLF001
     Spawned: Fleet._spawned,  # noqa: SLF001
     Died: Fleet._died,  # noqa: SLF001
-    Restored: Fleet._restored,  # noqa: SLF001
+    Booted: Fleet._booted,  # noqa: SLF001
     Reconfigured: Fleet._reconfigured,  # noqa: SLF001
     Stopping: Fleet._stopping,  # noqa: SLF001
     Tick: Fleet._tick,  # noqa: SLF001

@@ -338,6 +338,11 @@ class FleetState:
         """The lease in force on a GPU."""
         return next((x for x in self.leases.values() if x.active and gpu in x.gpus), None)
 
+    def is_handed_over(self, gpu: int) -> bool:
+        """Whether another program has the GPU now, so that nothing of ours starts there."""
+        lease = self.lease_on(gpu)
+        return lease is not None and lease.state is LeaseState.HELD
+
     def holders(self, model: str) -> Iterator[tuple[Worker, Holding]]:
         """Every worker where the model is more than absent."""
         for worker in self.workers.values():

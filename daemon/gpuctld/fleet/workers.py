@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from gpuctl.errors import GpuctlError, GpuFault, WorkerLost
-from gpuctl.residency import DOWN, Residency, WorkerState
+from gpuctl.residency import DOWN, Residency, Tier, WorkerState
 from gpuctld.fleet import jobs, operations, outcomes, preflight
 from gpuctld.fleet.effects import Send, Signal, Spawn
 from gpuctld.fleet.state import FleetState, Task, Worker
@@ -28,6 +28,8 @@ FREEING_STRIKE_S = 2.0
 MAX_FAULTS = 3
 FAULTS_S = 600.0
 """So many GPU faults in that time are the device's, not a program's."""
+
+AWAITS_GPU = "starts when its GPU is given back"
 
 STUCK_S = 10.0
 """A process that has not ended so long after SIGKILL hangs in the kernel, usually in the driver."""
@@ -140,14 +142,40 @@ def _jitter(worker: Worker) -> float:
     return 0.8 + 0.2 * ((worker.gpu * 7 + worker.restarts * 3) % 11) / 10
 
 
+def start(fleet: FleetState, now: float) -> None:
+    """Start all workers, for the first time."""
+    for worker in fleet.workers.values():
+        worker.state, worker.respawn_at = WorkerState.BACKOFF, now
+    respawn(fleet, now)
+
+
 def respawn(fleet: FleetState, now: float) -> None:
-    """Start the workers whose time has come."""
+    """Start the workers whose time has come.
+
+    Where another program has the GPU that is when it gives it back: a CUDA context alone takes
+    half a gigabyte, which it may have taken for itself since.
+    """
     for worker in fleet.workers.values():
         due = worker.respawn_at is not None and now >= worker.respawn_at
-        if worker.state is WorkerState.BACKOFF and due and not fleet.stopping:
+        if worker.state is not WorkerState.BACKOFF or not due or fleet.stopping:
+            continue
+        if fleet.is_handed_over(worker.gpu) and not _is_asked_for(fleet, worker):
+            _await_gpu(fleet, worker, now)
+        else:
             worker.respawn_at = None
             fleet.set_worker(worker, WorkerState.STARTING, "", now)
             fleet.emit(Spawn(worker.gpu))
+
+
+def _is_asked_for(fleet: FleetState, worker: Worker) -> bool:
+    """Somebody has forced a load onto the leased GPU."""
+    steps = (step for operation in fleet.operations for step in operation.unfinished)
+    return any(step.gpu == worker.gpu and step.target is Tier.DEVICE for step in steps)
+
+
+def _await_gpu(fleet: FleetState, worker: Worker, now: float) -> None:
+    if worker.reason != AWAITS_GPU:
+        fleet.set_worker(worker, WorkerState.BACKOFF, AWAITS_GPU, now)
 
 
 def watch(fleet: FleetState, now: float) -> None:

@@ -8,7 +8,7 @@ from gpuctl.protocol import Cancel, LeaseAcquire, LeaseRelease, LeaseRenew, Load
 from gpuctld.fleet import effects, events
 from gpuctld.fleet.events import Peer
 from gpuctld.fleet.leases import PROBE_ANSWER_S, REMOTE_TTL_S
-from gpuctld.fleet.workers import MAX_FUTILE_STARTS
+from gpuctld.fleet.workers import AWAITS_GPU, MAX_FUTILE_STARTS
 from gpuctld.messages import LoadModel, Probe, ReloadModel, UnloadModel
 
 GIB = 2**30
@@ -394,6 +394,137 @@ def test_a_worker_that_dies_under_a_lease_does_not_end_it(loaded):
     assert loaded.state(0) != "loaded"
 
 
+def spawned(bench):
+    """GPUs whose workers are started in this turn."""
+    return [effect.gpu for effect in bench.effects if isinstance(effect, effects.Spawn)]
+
+
+def test_nothing_of_ours_starts_on_a_gpu_that_another_program_has(loaded):
+    lease = held(loaded)
+    loaded.die(0)
+    loaded.wait(70)
+    assert spawned(loaded) == []
+    worker = loaded.fleet.state.workers[0]
+    assert (str(worker.state), worker.reason) == ("backoff", AWAITS_GPU)
+    assert loaded.fleet.ready
+    released = loaded.ask(LeaseRelease(lease=lease))
+    loaded.tick()
+    assert spawned(loaded) == [0]
+    loaded.hello(0)
+    loaded.work()
+    assert loaded.reply(released)["ok"]
+    assert loaded.states() == ["loaded"] * 2
+
+
+def test_a_load_forced_onto_a_leased_gpu_starts_its_worker(loaded):
+    held(loaded)
+    loaded.die(0)
+    forced = loaded.ask(Load(model="flux", gpus=[0], force=True))
+    loaded.wait(70)
+    assert spawned(loaded) == [0]
+    loaded.hello(0)
+    loaded.work()
+    assert loaded.reply(forced)["ok"]
+
+
+# --- daemons that end -------------------------------------------------------------------------
+
+
+def reboot(bench, make_bench, workers=2):
+    """The next daemon with what this one remembers; its workers are not up yet."""
+    fresh = make_bench(workers)
+    fresh.now = bench.now + 5
+    fresh.apply(events.Booted(bench.fleet.snapshot))
+    return fresh
+
+
+def watched(bench):
+    return [
+        (each.lease, each.pid) for each in bench.effects if isinstance(each, effects.WatchProcess)
+    ]
+
+
+def test_a_lease_goes_on_with_the_next_daemon(loaded, make_bench):
+    lease = held(loaded, gpus=[0])
+    fresh = reboot(loaded, make_bench)
+    assert spawned(fresh) == [1], "nothing of ours on the other"
+    assert watched(fresh) == [(lease, 7)]
+    fresh.hello(1)
+    fresh.work()
+    assert fresh.fleet.ready
+    assert fresh.states() == ["absent", "loaded"]
+    assert code(fresh, fresh.ask(Load(model="flux", gpus=[0]))) == "leased"
+    released = fresh.ask(LeaseRelease(lease=lease))
+    fresh.tick()
+    fresh.hello(0)
+    fresh.work()
+    assert fresh.reply(released)["ok"]
+    assert fresh.states() == ["loaded"] * 2
+
+
+def test_a_holder_that_died_with_the_daemon_leaves_the_models_to_the_next(loaded, make_bench):
+    lease = held(loaded)
+    fresh = reboot(loaded, make_bench)
+    died(fresh, lease)
+    fresh.tick()
+    fresh.all_up()
+    fresh.work()
+    assert fresh.states() == ["loaded"] * 2
+    assert state(fresh, lease) is None
+
+
+@pytest.mark.parametrize("moment", ["while it begins", "while it ends"])
+def test_a_lease_that_is_not_in_force_ends_with_the_daemon(loaded, make_bench, moment):
+    lease = acquire(loaded)
+    if moment == "while it ends":
+        loaded.work()
+        loaded.ask(LeaseRelease(lease=lease))
+    else:
+        [*_, (gpu, command)] = loaded.take(UnloadModel)
+        loaded.finish(gpu, command)
+    fresh = reboot(loaded, make_bench)
+    assert state(fresh, lease) is None
+    fresh.all_up()
+    fresh.work()
+    assert fresh.states() == ["loaded"] * 2
+
+
+def test_what_a_lease_found_parked_stays_parked(loaded, make_bench):
+    loaded.ask(Unload(gpus=[0]))
+    loaded.work()
+    held(loaded)
+    fresh = reboot(loaded, make_bench)
+    [(lease, _)] = watched(fresh)
+    died(fresh, lease)
+    fresh.tick()
+    fresh.all_up()
+    fresh.work()
+    assert fresh.states() == ["parked", "loaded"]
+
+
+def test_a_lease_with_a_time_to_live_has_it_once_more(loaded, make_bench):
+    lease = held(loaded, ttl_s=30.0)
+    loaded.wait(29)
+    fresh = reboot(loaded, make_bench)
+    assert watched(fresh) == []
+    fresh.wait(29)
+    assert state(fresh, lease) == "held"
+    fresh.wait(2)
+    assert state(fresh, lease) == "reloading"
+
+
+@pytest.mark.parametrize(("gpus", "left"), [([0, 1], "held"), ([1], None)])
+def test_a_gpu_that_the_next_daemon_has_not_is_nobodys(loaded, make_bench, gpus, left):
+    lease = held(loaded, gpus=gpus)
+    fresh = reboot(loaded, make_bench, workers=1)
+    assert state(fresh, lease) == left
+    died(fresh, lease)
+    fresh.tick()
+    fresh.all_up()
+    fresh.work()
+    assert fresh.states() == ["loaded"]
+
+
 # --- workers that end -------------------------------------------------------------------------
 
 
@@ -512,7 +643,7 @@ def test_a_holder_without_a_pid_must_renew(loaded):
 
 def test_a_holder_with_a_pid_is_watched_instead(loaded):
     lease = acquire(loaded, pid=7)
-    assert effects.WatchProcess(lease, 7) in loaded.effects
+    assert watched(loaded) == [(lease, 7)]
     loaded.work()
     loaded.wait(10 * REMOTE_TTL_S)
     assert state(loaded, lease) == "held"

@@ -3,8 +3,10 @@ from __future__ import annotations
 import signal
 
 from gpuctl.protocol import Generate, Load, Reload, Unload
+from gpuctl.residency import Tier
 from gpuctld import catalog, config
 from gpuctld.fleet import effects, events
+from gpuctld.fleet.snapshot import Snapshot
 from gpuctld.fleet.workers import FAULTS_S, MAX_FAULTS, SILENCE_S, STUCK_S
 from gpuctld.messages import CancelTask, Fault, LoadModel, Probe, Probed, RunJob, Stop, UnloadModel
 
@@ -322,7 +324,8 @@ def test_models_that_do_not_fit_any_more_come_back_parked_with_the_reason(bench)
 
 def test_restored_models_are_loaded_after_the_start(make_bench):
     bench = make_bench(2)
-    bench.apply(events.Restored({0: {"flux": "device", "gone": "host"}, 9: {"flux": "device"}}))
+    wanted = {0: {"flux": Tier.DEVICE, "gone": Tier.HOST}, 9: {"flux": Tier.DEVICE}}
+    bench.apply(events.Booted(Snapshot(wanted=wanted)))
     bench.all_up()
     bench.work()
     assert bench.states() == ["loaded", "absent"]
