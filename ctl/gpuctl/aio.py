@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import zmq
 import zmq.asyncio
 
-from gpuctl import keys, protocol
+from gpuctl import endpoint, protocol
 from gpuctl.conversation import SILENCE_S, Conversation, OnEvent, Reply, no_daemon
 from gpuctl.errors import BadConfig, GpuctlError, Timeout
 from gpuctl.jobs import Job, pictures
@@ -216,8 +216,7 @@ class AsyncClient:
         socket.set(zmq.LINGER, 0)
         hello = Conversation(protocol.Ping())
         try:
-            keys.secure(socket, self.endpoint)
-            socket.connect(self.endpoint)
+            endpoint.connect(socket, self.endpoint)
             async with asyncio.timeout(PING_S):
                 await socket.send_multipart(hello.frames())
                 while hello.reply is None:

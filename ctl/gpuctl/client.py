@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import zmq
 
-from gpuctl import keys, protocol
+from gpuctl import endpoint, protocol
 from gpuctl.conversation import SILENCE_S, Conversation, OnEvent, Reply, no_daemon
 from gpuctl.errors import BadConfig, GpuctlError, Timeout
 from gpuctl.jobs import Job, pictures
@@ -318,8 +318,7 @@ class Client:
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDTIMEO, int(PING_S * 1000))
         try:
-            keys.secure(self._socket, self.endpoint)
-            self._socket.connect(self.endpoint)
+            endpoint.connect(self._socket, self.endpoint)
         except BadConfig:
             self.close()
             raise

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import gpuctl
 from gpuctl_demo import scenes
 from gpuctl_demo.drawing import draw
 
@@ -73,6 +74,10 @@ def _write_huge(path):
     from PIL import Image  # noqa: PLC0415
 
     Image.new("1", (12_000, 12_000)).save(path)
+
+
+def test_the_version_is_told_without_a_daemon(daemon):
+    assert daemon.cli("--version").stdout == f"gpuctl {gpuctl.__version__}\n"
 
 
 def test_without_a_daemon(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from gpuctl import AsyncClient, Client, GpuctlError, Job
-from gpuctl.errors import NoDaemon, UnknownModel
+from gpuctl.errors import BadConfig, NoDaemon, UnknownModel
 from tests.integration.daemon import states
 
 PROMPT = "a small green star on a white background"
@@ -69,6 +69,16 @@ def test_nobody_there_is_said_by_both_clients(tmp_path):
         Client(nobody).status()
     with pytest.raises(NoDaemon):
         asyncio.run(AsyncClient(nobody).status())
+
+
+@pytest.mark.parametrize(
+    "wrong", ["gpuctl.sock", "ipc://", "http://host", f"ipc:///tmp/{'x' * 120}"]
+)
+def test_an_endpoint_that_is_none_is_said_by_both_clients(wrong):
+    with pytest.raises(BadConfig, match=wrong):
+        Client(wrong).status()
+    with pytest.raises(BadConfig):
+        asyncio.run(AsyncClient(wrong).status())
 
 
 def test_a_daemon_that_does_not_answer_costs_no_more_than_the_timeout(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from gpuctl import __version__
 from gpuctl.errors import GpuctlError
 
 COMMANDS = {
@@ -78,6 +79,7 @@ class Commands(click.Group):
 )
 @click.option("--socket", help="Where the daemon listens; default $GPUCTL_SOCKET.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(__version__, message="gpuctl %(version)s", help="Show the version.")
 @click.pass_context
 def gpuctl(ctx: click.Context, socket: str | None, debug: bool) -> None:
     """Move diffusion models off and on your GPUs in an instant.
