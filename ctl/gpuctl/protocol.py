@@ -88,7 +88,7 @@ class Load(Request):
 
     ``serial``: one worker after the other; ``None`` chooses: in sequence for a first load from
     disk, all at once where the weights are parked. ``wait_s``: how long to wait for memory that
-    others hold. ``force``: also on GPUs that are leased.
+    others hold. ``force``: also on GPUs that are leased; the answer's ``forced`` says to whom.
     """
 
     op = "load"
@@ -118,7 +118,6 @@ class Unload(Request):
     to: Literal["host", "disk"] = "host"
     mode: Mode = "wait"
     suspend: bool = False
-    force: bool = False
     timeout_s: float | None = None
     progress: bool = False
 

@@ -28,14 +28,17 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
+_AT = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
+
+
 def move(row: Row) -> str:
     """One worker's line: ``gpu 0  shapes  device -> host  23.8 GiB freed in 31 ms``."""
     where = f"gpu {row['gpu']}  {row['model'] or 'context'}"
     if row["error"] is not None:
-        return f"{where}  stays in {row['tier']}: {row['error']['message']}"
+        return f"{where}  stays {_AT[row['tier']]}: {row['error']['message']}"
     start, end = row["from_tier"], row["tier"]
     if not row["duration_s"] or start == end:
-        return f"{where}  already in {end}"
+        return f"{where}  already {_AT[end]}"
     return f"{where}  {start} -> {end}  {_amount(row)} in {duration(row['duration_s'])}"
 
 
@@ -47,8 +50,21 @@ def _amount(row: Row) -> str:
 
 def moved(reply: Row) -> list[str]:
     """All lines of a load, unload or reload, and what it came to."""
-    rows = reply["workers"]
-    return [*(move(row) for row in rows), summary(reply)]
+    forced = [f"{_leased(lease)}, forced" for lease in reply.get("forced", [])]
+    return [*forced, *(move(row) for row in reply["workers"]), summary(reply)]
+
+
+def _leased(lease: Row) -> str:
+    """Whose GPUs they are: ``gpu 0,1 leased to pid 4711 python score.py``."""
+    return f"gpu {_gpus(lease)} leased to {_holder(lease)}"
+
+
+def _gpus(lease: Row) -> str:
+    return ",".join(map(str, lease["gpus"]))
+
+
+def _holder(lease: Row) -> str:
+    return f"pid {lease['holder']['pid']} {lease['holder']['command']}".strip()
 
 
 def summary(reply: Row) -> str:
@@ -123,15 +139,16 @@ def _doing(job: Row | None) -> str:
 
 
 def _leases(leases: list[Row]) -> Table:
-    table = _table("lease", "gpus", "state", "holder", "age")
+    table = _table("lease", "gpus", "state", "holder", "age", "ends")
     for lease in leases:
-        holder = lease["holder"]
+        left = lease["expires_in_s"]
         table.add_row(
             lease["id"][:12],
-            ",".join(map(str, lease["gpus"])),
+            _gpus(lease),
             lease["state"],
-            f"pid {holder['pid']} {holder['command']}".strip(),
+            _holder(lease),
             duration(lease["age_s"]),
+            "with its process" if left is None else f"in {duration(max(0.0, left))}",
         )
     return table
 

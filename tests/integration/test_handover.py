@@ -133,6 +133,9 @@ def test_nobody_loads_onto_a_leased_gpu(daemon):
         assert image.width == 64
         with pytest.raises(GpuctlError):
             client.generate("shapes", PROMPT, options={"gpu": 0})
+        forced = daemon.cli("reload", "--gpu", "0", "--force")
+        assert f"gpu 0 leased to pid {os.getpid()}, forced" in forced.stdout
+        assert daemon.states() == ["loaded", "loaded"]
     assert daemon.states() == ["loaded", "loaded"]
 
 

@@ -58,7 +58,6 @@ def load_command(ctx: click.Context, /, model: str, as_json: bool, **options: An
 @click.option("--to", type=click.Choice(["host", "disk"]), default="host", help="What remains.")
 @mode_option
 @click.option("--suspend", is_flag=True, help="Give back the CUDA context's memory as well.")
-@force_option
 @timeout_option
 @json_option
 @click.pass_context

@@ -116,11 +116,8 @@ def _check_size(workers: list[Worker], need: int) -> None:
 def _refuse_conflict(fleet: FleetState, lease: Lease, wait_s: float) -> None:
     other = _ahead(fleet, lease)
     if other is not None and wait_s <= 0:
-        raise Leased(
-            f"gpu {_shared(other, lease)} is leased to pid {other.holder.pid} "
-            f"{other.command}".rstrip(),
-            "wait for it with --wait 60s",
-        )
+        gpu = _shared(other, lease)
+        raise Leased(f"gpu {gpu} is leased to {other.whose}", "wait for it with --wait 60s")
 
 
 def _ahead(fleet: FleetState, lease: Lease) -> Lease | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from gpuctl.errors import BadRequest, Busy, Leased
 from gpuctl.protocol import Load, LoraAdd, LoraRemove, Reload, Unload
 from gpuctl.residency import Residency, Tier
-from gpuctld.fleet import operations
-from gpuctld.fleet.state import AdapterChange, FleetState, Operation, Step, Worker
+from gpuctld.fleet import operations, report
+from gpuctld.fleet.state import AdapterChange, FleetState, Lease, Operation, Step, Worker
 
 
 def load(fleet: FleetState, request: Load, now: float) -> None:
@@ -19,7 +20,7 @@ def load(fleet: FleetState, request: Load, now: float) -> None:
     """
     model = fleet.catalog[request.model]
     workers = fleet.select(request.gpus if request.gpus is not None else model.devices)
-    refuse_leased(fleet, workers, force=request.force)
+    forced = _forced(fleet, workers, request, now)
     parked = all(worker.state_of(model.name) is Residency.PARKED for worker in workers)
     steps = [Step(worker.gpu, model.name, Tier.DEVICE, request.id) for worker in workers]
     serial = not parked if request.serial is None else request.serial
@@ -36,6 +37,7 @@ def load(fleet: FleetState, request: Load, now: float) -> None:
             fanout=request.fanout,
             wait_until=now + request.wait_s,
             deadline=_deadline(request.timeout_s, now),
+            forced=forced,
         ),
     )
 
@@ -73,7 +75,7 @@ def reload(fleet: FleetState, request: Reload, now: float) -> None:
     """
     model = _named(fleet, request.model)
     workers = fleet.select(request.gpus)
-    refuse_leased(fleet, workers, force=request.force)
+    forced = _forced(fleet, workers, request, now)
     steps = reload_steps(fleet, workers, request.id, model)
     if model is not None and not steps:
         raise Busy(f"{model} is not in host memory", f"gpuctl load {model}")
@@ -90,6 +92,7 @@ def reload(fleet: FleetState, request: Reload, now: float) -> None:
             fanout=request.fanout,
             wait_until=now + request.wait_s,
             deadline=_deadline(request.timeout_s, now),
+            forced=forced,
         ),
     )
 
@@ -173,18 +176,32 @@ def _deadline(timeout_s: float | None, now: float) -> float:
     return float("inf") if timeout_s is None else now + timeout_s
 
 
-def refuse_leased(fleet: FleetState, workers: Sequence[Worker], *, force: bool) -> None:
-    """Nobody else moves models onto GPUs that are handed to another program.
+def _forced(
+    fleet: FleetState, workers: Sequence[Worker], request: Load | Reload, now: float
+) -> list[dict[str, Any]]:
+    """Whose the GPUs are, where the request asks for them all the same.
 
-    Once a lease is ending the operation stands in line behind the models' return.
+    Raises:
+        Leased: it does not.
+    """
+    if not request.force:
+        refuse_leased(fleet, workers)
+    return [report.lease(each, now) for each in _leases_on(fleet, workers)]
+
+
+def refuse_leased(fleet: FleetState, workers: Sequence[Worker]) -> None:
+    """Nobody else moves models onto GPUs that are handed to another program.
 
     Raises:
         Leased: with the holder.
     """
-    for worker in workers:
-        lease = fleet.lease_on(worker.gpu)
-        if lease is not None and not lease.ending and not force:
-            raise Leased(
-                f"gpu {worker.gpu} is leased to pid {lease.holder.pid} {lease.command}".rstrip(),
-                f"wait for it, or gpuctl lease release {lease.id}",
-            )
+    for lease in _leases_on(fleet, workers):
+        gpu = min(set(lease.gpus) & {worker.gpu for worker in workers})
+        hint = f"wait for it, or gpuctl lease release {lease.id}"
+        raise Leased(f"gpu {gpu} is leased to {lease.whose}", hint)
+
+
+def _leases_on(fleet: FleetState, workers: Sequence[Worker]) -> list[Lease]:
+    """Leases in force; behind one that is ending an operation stands in line instead."""
+    found = (fleet.lease_on(worker.gpu) for worker in workers)
+    return list({each.id: each for each in found if each and not each.ending}.values())

@@ -21,7 +21,7 @@ def enter(fleet: FleetState, request: Phase, now: float) -> None:
         raise BadRequest(f"no phase {request.name!r}", f"known: {known}")
     phase = fleet.phases[request.name]
     workers = fleet.select(phase.devices)
-    moves.refuse_leased(fleet, workers, force=False)
+    moves.refuse_leased(fleet, workers)
     steps = [step for worker in workers for step in _away(fleet, worker, phase.loaded, request.id)]
     steps += [step for worker in workers for step in _here(fleet, worker, phase.loaded, request.id)]
     deadline = float("inf") if request.timeout_s is None else now + request.timeout_s

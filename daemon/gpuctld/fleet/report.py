@@ -83,6 +83,7 @@ def moved(operation: Operation, now: float) -> dict[str, Any]:
         "duration_s": now - operation.accepted_at,
         "error": error,
         "workers": rows,
+        "forced": operation.forced,
     }
 
 

@@ -114,7 +114,10 @@ class Purpose(StrEnum):
 
 @attrs.define(eq=False)
 class Operation:
-    """A load, unload or reload over some workers, in the order of acceptance."""
+    """A load, unload or reload over some workers, in the order of acceptance.
+
+    ``forced``: the leases in force on its GPUs, as their lines in the answer.
+    """
 
     id: str
     name: str
@@ -129,6 +132,7 @@ class Operation:
     abort_jobs: bool = False
     wait_until: float = 0.0
     deadline: float = float("inf")
+    forced: list[dict[str, Any]] = attrs.field(factory=list)
     started: bool = False
     probes: dict[int, dict[str, Any] | None] | None = None
     probe_at: float = 0.0
@@ -213,6 +217,11 @@ class Lease:
     @property
     def active(self) -> bool:
         return self.state is not LeaseState.WAITING
+
+    @property
+    def whose(self) -> str:
+        """The holder, for messages."""
+        return f"pid {self.holder.pid} {self.command}".rstrip()
 
     @property
     def ending(self) -> bool:

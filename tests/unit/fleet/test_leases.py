@@ -427,6 +427,15 @@ def test_a_load_forced_onto_a_leased_gpu_starts_its_worker(loaded):
     assert loaded.reply(forced)["ok"]
 
 
+def test_who_forces_a_move_is_told_whose_the_gpus_are(loaded):
+    lease = held(loaded, gpus=[1], command="score.py")
+    forced = loaded.ask(Reload(force=True))
+    loaded.work()
+    [told] = loaded.reply(forced)["forced"]
+    assert (told["id"], told["gpus"], told["holder"]["command"]) == (lease, [1], "score.py")
+    assert loaded.states() == ["loaded"] * 2
+
+
 # --- daemons that end -------------------------------------------------------------------------
 
 
