@@ -107,9 +107,9 @@ def _workers(document: Row) -> Table:
             str(worker["gpu"]),
             _device(worker),
             _state(worker),
-            f"{size(memory['used'])} of {size(memory['total'])}",
+            f"{size(memory['used'])} of {size(memory['total'])}" if memory["total"] else "-",
             "\n".join(_model(each) for each in worker["models"]) or "-",
-            _doing(worker["job"]),
+            _doing(worker),
         )
     return table
 
@@ -131,9 +131,11 @@ def _model(held: Row) -> str:
     return f"{held['model']}{adapters} {held['state']}, {size(bytes_)}{way}{problem}"
 
 
-def _doing(job: Row | None) -> str:
+def _doing(worker: Row) -> str:
+    """Its job; without one why it can take none, where that is so."""
+    job = worker["job"]
     if job is None:
-        return "idle"
+        return worker["reason"] or "idle"
     steps = f" {job['step']}/{job['steps']}" if job["steps"] else ""
     return f"{job['model']}{steps}"
 
