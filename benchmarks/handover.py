@@ -1,8 +1,8 @@
 """What handing the GPUs over costs beside the bare unload and reload.
 
 Rounds of ``gpuctl run`` with a command that, on GPUs, takes nearly the whole card. For each round:
-from the start of ``gpuctl`` to the command's first instruction, and from the command's end to the
-models' return, against an unload and a reload by themselves just before::
+from the start of ``gpuctl`` to the command's first instruction, and from the command's end until
+the last model is loaded, against an unload and a reload by themselves just before::
 
     python benchmarks/handover.py                       # two CPU devices, the demo's model
     python benchmarks/handover.py --devices cuda:0,cuda:1
@@ -11,18 +11,25 @@ models' return, against an unload and a reload by themselves just before::
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.integration.daemon import Daemon, states
+
+from gpuctl import GpuctlError
 
 MODEL = "shapes"
 PROMPT = "a small red circle on white"
@@ -66,24 +73,46 @@ def measure(daemon: Daemon, count: int, *, on_gpus: bool) -> list[Round]:
     """
     client = daemon.client()
     client.load(MODEL)
-    total = client.status()["workers"][0]["memory"]["total"]
-    need = total - HEADROOM if on_gpus else 0
-    expected = _pictures(daemon)
+    workers = client.status()["workers"]
+    need = workers[0]["memory"]["total"] - HEADROOM if on_gpus else 0
+    arrivals = Arrivals(daemon, len(workers))
+    expected = _pictures(daemon)  # which takes longer than to subscribe
     rounds = []
     for _ in range(count):
-        rounds.append(_round(daemon, need))
+        rounds.append(_round(daemon, need, arrivals))
         if _pictures(daemon) != expected:
             raise SystemExit("a picture differs after the round")
     return rounds
 
 
-def _round(daemon: Daemon, need: int) -> Round:
+class Arrivals:
+    """When the daemon said that a model is loaded on the last of its workers."""
+
+    def __init__(self, daemon: Daemon, workers: int) -> None:
+        self._workers = workers
+        self._seen: queue.Queue[float] = queue.Queue()
+        events = daemon.client().events()
+        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+
+    def _listen(self, events: Iterator[dict[str, Any]]) -> None:
+        with contextlib.suppress(GpuctlError):  # the daemon ends before we do
+            for event in events:
+                if event["event"] == "residency" and event["state"] == "loaded":
+                    self._seen.put(event["at"])
+
+    def wait(self) -> float:
+        """The time of the last of them, one for each worker; seconds since the epoch."""
+        return max(self._seen.get(timeout=60) for _ in range(self._workers))
+
+
+def _round(daemon: Daemon, need: int, arrivals: Arrivals) -> Round:
     words = ["--need", str(need)] if need else []
     program = [sys.executable, "-c", PROGRAM, str(need - HEADROOM)] if need else ["true"]
     unload, reload = _bare(daemon)
+    arrivals.wait()
     started = time.time()
     done = daemon.cli("run", *words, "--", "sh", "-c", TIMED, "sh", *program)
-    ended = time.time()
+    ended = arrivals.wait()
     first, last = (float(line) for line in done.stdout.split())
     if set(states(daemon.client().status(), MODEL)) != {"loaded"}:
         raise SystemExit("a model is not back after the round")

@@ -8,9 +8,8 @@ is run at most once, so its loss is told instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import attrs
 
 from gpuctl import errors, protocol
 from gpuctl.errors import NoDaemon, WorkerLost
@@ -25,7 +24,7 @@ RUN_ONCE = frozenset({"generate", "lease_acquire"})
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-@attrs.frozen
+@dataclass(frozen=True)
 class Reply:
     """A terminal answer: its map and its blobs."""
 
@@ -48,7 +47,7 @@ class Reply:
         raise error
 
 
-@attrs.define
+@dataclass
 class Conversation:
     """A request under way."""
 

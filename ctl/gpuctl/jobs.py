@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import attrs
 
 from gpuctl.conversation import Reply
 from gpuctl.errors import BadRequest
@@ -20,17 +19,17 @@ Source = Any
 """An input image: a ``PIL.Image``, a path, or the bytes of an image file."""
 
 
-@attrs.define
+@dataclass
 class Job:
     """One call of a pipeline. ``name`` is the caller's own mark; ``params`` the call's."""
 
     model: str
-    params: dict[str, Any] = attrs.field(factory=dict)
-    images: Mapping[str, Source | Sequence[Source]] = attrs.field(factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Source | Sequence[Source]] = field(default_factory=dict)
     seed: int | None = None
     count: int = 1
     name: str = ""
-    options: dict[str, Any] = attrs.field(factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def request(self, **options: Any) -> tuple[Generate, list[bytes]]:
         """The message and its blobs.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import attrs
 import zmq
 
 from gpuctl.errors import BadConfig
@@ -18,12 +18,12 @@ from gpuctl.errors import BadConfig
 DEFAULT_NAME = "client"
 
 
-@attrs.frozen
+@dataclass(frozen=True)
 class KeyPair:
     """Both keys as 40 characters of Z85; ``file`` holds them."""
 
     public: bytes
-    secret: bytes = attrs.field(repr=False)
+    secret: bytes = field(repr=False)
     file: Path
 
 

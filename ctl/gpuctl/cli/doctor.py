@@ -5,11 +5,11 @@ from __future__ import annotations
 import platform
 import resource
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import attrs
 import click
 
 from gpuctl import render
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "pyzmq", "msgpack", "cuda-bind
 GIB = 2**30
 
 
-@attrs.frozen
+@dataclass(frozen=True)
 class Finding:
     """One thing looked at; ``remedy`` is empty where all is well."""
 
@@ -38,7 +38,7 @@ def doctor_command(ctx: click.Context, as_json: bool) -> None:
     machine = [_driver(), _mps(), _memlock(), _host_memory(), _peer_access()]
     findings = [*_versions(), *machine, _daemon(ctx)]
     if as_json:
-        print_json({"schema": 1, "findings": [attrs.asdict(each) for each in findings]})
+        print_json({"schema": 1, "findings": [asdict(each) for each in findings]})
         return
     for each in findings:
         mark = "!" if each.remedy else "ok"
