@@ -8,7 +8,6 @@ through a small pinned ring. Workers that reload the same model together share t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 import torch
 
@@ -107,12 +106,6 @@ class Copies:
             arrived.synchronize()
             self._done += size
             self._progress(self._done, self._source.numel())
-
-    def landings(self) -> Iterator[None]:
-        """Wait for one queued copy after the other."""
-        while self._flying:
-            self._land(len(self._flying) - 1)
-            yield
 
     def finish(self) -> None:
         """Wait until everything has arrived."""

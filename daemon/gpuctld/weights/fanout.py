@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import os
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +21,7 @@ import torch
 from gpuctl.errors import GpuctlError
 from gpuctld.weights import driver, rendezvous
 from gpuctld.weights.rendezvous import Link, Meeting
-from gpuctld.weights.slab import CudaSlab, Piece
+from gpuctld.weights.slab import CudaSlab
 
 if TYPE_CHECKING:
     from gpuctld.weights.cuda_transfer import Arrival, Copies
@@ -53,8 +52,7 @@ def fill(meeting: Meeting, memory: CudaSlab, copies: Copies) -> str:
         stack.callback(pushes.wait)  # also after a failure: peers' memory is unmapped next
         for arrival in arrivals:
             pushes.push(*arrival)
-        for _ in copies.landings():
-            pushes.sweep()
+        copies.finish()
         pushes.finish()
         deadline = time.monotonic() + 1 + memory.size / SLOWEST
         delivered = {peer.rank for peer in peers if peer.has_delivered(deadline)}
@@ -104,12 +102,12 @@ class Peer:
         self.rank = link.rank
         self._link = link
         self._size = sum(size for _, size in link.memory)
-        self._mapped: deque[Piece] = deque()
+        self._mapped: list[tuple[int, int, object]] = []
         self.address = driver.reserve(self._size)
         self.reachable = self._map(device, span)
 
     def _map(self, device: int, span: tuple[int, int]) -> bool:
-        """Only what is written to, in order: unmapping the rest again would take time as well."""
+        """Only what is written to: unmapping all of it again would make the reload wait."""
         first, last = span
         start = 0
         try:
@@ -128,17 +126,7 @@ class Peer:
         except GpuctlError:
             driver.release(handle)
             raise
-        self._mapped.append(Piece(at, size, handle))
-
-    def let_go(self, stop: int) -> None:
-        """Unmap the pieces that end at or before byte ``stop``: nothing more is written there."""
-        while self._mapped and self._mapped[0].stop <= self.address + stop:
-            self._unmap_first()
-
-    def _unmap_first(self) -> None:
-        piece = self._mapped.popleft()
-        driver.unmap(piece.address, piece.size)
-        driver.release(piece.handle)
+        self._mapped.append((at, size, handle))
 
     def tell(self, word: bytes) -> None:
         """Say whether our share is in the peer's slab."""
@@ -154,8 +142,9 @@ class Peer:
             return False
 
     def close(self) -> None:
-        while self._mapped:
-            self._unmap_first()
+        for at, size, handle in self._mapped:
+            driver.unmap(at, size)
+            driver.release(handle)
         driver.free_addresses(self.address, self._size)
         self._link.close()
 
@@ -166,7 +155,6 @@ class _Pushes:
     def __init__(self, peers: list[Peer], memory: CudaSlab) -> None:
         self._peers, self._own = peers, memory.address
         self._stream = torch.cuda.Stream(memory.device)  # type: ignore[no-untyped-call]
-        self._flying: deque[tuple[int, torch.cuda.Event]] = deque()
 
     def push(self, start: int, size: int, arrived: torch.cuda.Event) -> None:
         self._stream.wait_event(arrived)
@@ -174,19 +162,6 @@ class _Pushes:
             if peer.reachable:
                 target, source = peer.address + start, self._own + start
                 driver.copy_async(target, source, size, self._stream.cuda_stream)
-        landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        landed.record(self._stream)
-        self._flying.append((start + size, landed))
-
-    def sweep(self) -> None:
-        """Unmap the peers' memory where a push has landed, while others are under way.
-
-        At the end of the copies there is little left of it to do.
-        """
-        while self._flying and self._flying[0][1].query():  # type: ignore[no-untyped-call]
-            stop, _ = self._flying.popleft()
-            for peer in self._peers:
-                peer.let_go(stop)
 
     def wait(self) -> None:
         self._stream.synchronize()

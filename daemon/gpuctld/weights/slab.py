@@ -103,16 +103,10 @@ class _Raw:
 
 
 @attrs.frozen
-class Piece:
-    """Device memory that is mapped at an address; both in bytes."""
-
+class _Piece:
     address: int
     size: int
     handle: Any
-
-    @property
-    def stop(self) -> int:
-        return self.address + self.size
 
 
 class CudaSlab:
@@ -132,7 +126,7 @@ class CudaSlab:
         self._unit = driver.granularity(self.device)
         self._reserved = -(-max(size, 1) // self._unit) * self._unit
         self.address = driver.reserve(self._reserved)
-        self._pieces: list[Piece] = []
+        self._pieces: list[_Piece] = []
         self.tensor = self._wrap()
 
     def _wrap(self) -> torch.Tensor:
@@ -158,7 +152,7 @@ class CudaSlab:
         except BaseException:
             self._driver.release(handle)
             raise
-        self._pieces.append(Piece(self.address + start, size, handle))
+        self._pieces.append(_Piece(self.address + start, size, handle))
 
     def _create(self, size: int) -> Any:
         try:
