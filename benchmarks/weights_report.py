@@ -40,7 +40,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Performance",
         "",
-        "Written by `benchmarks/weights.py`; no figure here was typed by hand.",
+        "The tables are written by `benchmarks/weights.py`; no figure in them was typed by hand.",
         "",
         f"- Date: {about['date']}",
         f"- Host: {about['host']}",
