@@ -147,6 +147,12 @@ def estimate_bytes(path: Path, dtype: str | None, variant: str | None) -> int:
     return sum(_loaded_bytes(each, dtype) for each in tensors)
 
 
+def adapter_bytes(path: Path) -> int:
+    """The size of an adapter's file, or of the safetensors in its folder; 0 if it is missing."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
 def _loaded_bytes(tensor: dict[str, Any], dtype: str | None) -> int:
     first, end = tensor["data_offsets"]
     stored = _FLOATS.get(tensor["dtype"])

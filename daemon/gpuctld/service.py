@@ -34,6 +34,8 @@ WORKER_MAIN = "gpuctld.worker.main:main"
 def read_catalog(settings: Config) -> Catalog:
     """The catalog with an estimate of each model's size, from the headers of its files.
 
+    Adapters that are loaded with it are part of it.
+
     A folder that cannot be read counts as nothing here; loading it says what is wrong.
     """
     models = catalog.from_config(settings)
@@ -41,8 +43,10 @@ def read_catalog(settings: Config) -> Catalog:
 
 
 def _estimate(model: Model) -> int:
+    preloaded = (Path(each.path) for each in model.adapters.values() if each.preload)
     try:
-        return model_folder.estimate_bytes(Path(model.path), model.dtype, model.variant)
+        own = model_folder.estimate_bytes(Path(model.path), model.dtype, model.variant)
+        return own + sum(map(model_folder.adapter_bytes, preloaded))
     except (BadModel, OSError):
         return 0
 
