@@ -10,6 +10,8 @@ import zmq
 from gpuctld import messages
 
 TURN = 256
+READ_BYTES = 8192
+"""What libzmq reads at once (ZMQ_IN_BATCH_SIZE)."""
 
 
 class Links:
@@ -60,9 +62,14 @@ class Links:
                 frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            yield messages.decode([frames[0].buffer, *frames[1:]])
+            yield messages.decode([frames[0].buffer, *map(_by_itself, frames[1:])])
 
     def close_all(self) -> None:
         """Drop all connections."""
         for gpu in list(self._sockets):
             self.close(gpu)
+
+
+def _by_itself(frame: zmq.Frame) -> zmq.Frame | bytes:
+    """A frame that may be kept: a small one is a view of the whole buffer that it was read with."""
+    return frame if len(frame) > READ_BYTES else frame.bytes
