@@ -67,7 +67,7 @@ def _attack(name: str, count: int, seed: int, out: Path) -> dict[str, Any]:
             fork_servers.end()
             out.mkdir(exist_ok=True)
             shutil.copy(Path(home) / name / "log", out / f"{name}.log")  # what the daemon said
-    (out / f"{name}.json").write_text(json.dumps(found, indent=1))
+    report.save(found, out)
     sys.stdout.write(report.summary(found))
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.chaos.trial import quantile
@@ -33,6 +35,12 @@ COLUMNS = (
     *("attack", "times", "failures", "below", "seconds, median / p99", "bound"),
     *("requests", "status p99", "memory"),
 )
+
+
+def save(found: Found, folder: Path) -> None:
+    """Write a run's JSON file, from which the page can be made at any time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{found['scenario']}.json").write_text(json.dumps(found, indent=1))
 
 
 def summary(found: Found) -> str:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.chaos import report
 from tests.systemd.machine import MODELS, PYTHON, SOURCE
 
 HANDBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
@@ -350,6 +351,9 @@ def write_report(scenario, taken, wrongs, seconds):
         return
     found = {
         "scenario": scenario,
+        "what": "kill -9 of the controller under a real systemd; seconds until its models are "
+        "back, of which RestartSec= takes two.",
+        "command": f"GPUCTL_TEST_SERVICE_KILLS={KILLS} pytest tests/systemd -k killed_it",
         "count": len(taken),
         "seed": None,
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
@@ -357,15 +361,16 @@ def write_report(scenario, taken, wrongs, seconds):
         "seconds": seconds,
         "wrongs": wrongs,
         "revived": 0,
+        "took": "models back",
         "took_s": taken,
+        "bound_s": RESTART_S + 2,
         "requests": 0,
         "codes": {},
         "status_s": [],
         "growth_mib_per_h": None,
         "memory_mib": [],
     }
-    Path(REPORT).mkdir(parents=True, exist_ok=True)
-    Path(REPORT, f"{scenario}.json").write_text(json.dumps(found, indent=1))
+    report.save(found, Path(REPORT))
 
 
 def seconds_until_loaded(watch):
