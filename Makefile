@@ -2,7 +2,7 @@
 # make test     lint, types, import contracts, all tests
 # make chaos    the attacks at length (hours); writes docs/reliability.md
 # make test-gpu what needs a GPU
-# make bench    broadcast against sequence, latencies, speed of the demo's model
+# make bench    broadcast against sequence, latencies, hand-over; on GPUs all ways to move 34 GB
 # make install  the system service (see docs/operations.md)
 
 include systemd/install.mk
@@ -18,7 +18,7 @@ PIP_LOG := $(VENV)/install.log
 unexport PYTHONDONTWRITEBYTECODE
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time) ..."
@@ -59,6 +59,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/handover.py
 	$(BIN)/python benchmarks/shapes_speed.py
+	@nvidia-smi -L > /dev/null 2>&1 || { echo "no NVIDIA GPU: weights.py and service.py are left out"; exit 0; }; \
+	    $(BIN)/python benchmarks/weights.py --out bench-output --table bench-output/weights.md && \
+	    $(BIN)/python benchmarks/service.py --table bench-output/service.md
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache demo-output chaos-output
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache \
+	    demo-output chaos-output bench-output
