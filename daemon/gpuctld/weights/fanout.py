@@ -14,17 +14,14 @@ import contextlib
 import itertools
 import os
 import time
-from typing import TYPE_CHECKING
 
 import torch
 
 from gpuctl.errors import GpuctlError
 from gpuctld.weights import driver, rendezvous
+from gpuctld.weights.copies import Arrival, Copies
 from gpuctld.weights.rendezvous import Link, Meeting
 from gpuctld.weights.slab import CudaSlab
-
-if TYPE_CHECKING:
-    from gpuctld.weights.cuda_transfer import Arrival, Copies
 
 PIECE_BYTES = 64 * 1024 * 1024
 """A piece is pushed on when it has arrived; 32 to 512 MiB measured alike."""

@@ -11,9 +11,9 @@ from typing import Any, Protocol, Self
 import torch
 
 from gpuctl.errors import BadRequest, Corrupt
-from gpuctld.weights import checksum, skeleton, slab, transfer
+from gpuctld.weights import checksum, skeleton, slab
 from gpuctld.weights.rendezvous import Meeting
-from gpuctld.weights.transfer import Progress
+from gpuctld.weights.transfer import PlainTransfer, Progress, Transfer
 
 
 class Mover(Protocol):
@@ -73,7 +73,7 @@ class SlabMover:
     ) -> None:
         self._label, self._checksums = label, checksums
         self._source, self._memory = source, memory
-        self._transfer = transfer.for_slab(source, memory)
+        self._transfer = _transfer(source, memory)
 
     @classmethod
     def of_tensors(cls, label: str, tensors: Sequence[torch.Tensor], device: torch.device) -> Self:
@@ -139,6 +139,15 @@ class SlabMover:
     def close(self) -> None:
         self._transfer.pause()
         self._memory.close()
+
+
+def _transfer(source: torch.Tensor, memory: slab.Slab) -> Transfer:
+    """The transfer that suits a slab."""
+    if isinstance(memory, slab.CudaSlab):
+        from gpuctld.weights.cuda_transfer import CudaTransfer  # noqa: PLC0415  needs cuda-bindings
+
+        return CudaTransfer(source, memory)
+    return PlainTransfer(source)
 
 
 class ModuleMover:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from gpuctld.weights.rendezvous import Meeting
-from gpuctld.weights.slab import CudaSlab, Slab
+from gpuctld.weights.slab import Slab
 
 PIECE_BYTES = 256 * 1024 * 1024
 """Of one copy. Pinned pieces are as large, and a copy must not straddle two of them."""
@@ -61,12 +61,3 @@ class PlainTransfer:
 
     def resume(self) -> None:
         pass
-
-
-def for_slab(source: torch.Tensor, memory: Slab) -> Transfer:
-    """The transfer that suits a slab."""
-    if isinstance(memory, CudaSlab):
-        from gpuctld.weights.cuda_transfer import CudaTransfer  # noqa: PLC0415  needs cuda-bindings
-
-        return CudaTransfer(source, memory)
-    return PlainTransfer(source)
