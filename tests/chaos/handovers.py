@@ -1,4 +1,4 @@
-"""Programs that have the GPUs on a lease die without a word."""
+"""Programs that have the GPUs on a lease die without a word, or the daemon does under them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ STARTED_S = 10.0
 UP_TO_S = 0.6
 """From before the lease is asked for until the command has run for a while."""
 TTL_S = 2.0
+CLIENT_TOO = 0.25
 
 HOLDER = f"""
 import sys, time
@@ -43,11 +44,17 @@ def lease_kills(trial: Trial, count: int) -> list[float]:
     return took
 
 
-def _kill_run(trial: Trial) -> float:
+def _start_run(trial: Trial) -> tuple[subprocess.Popen[str], Path]:
+    """`gpuctl run`, and the file that names its command's process once that runs."""
     mark = trial.arena.daemon.home / "command"
     mark.unlink(missing_ok=True)
     script = f"echo $$ > {mark}.new; mv {mark}.new {mark}; exec sleep 60"
     client = trial.arena.daemon.popen("run", "--", "sh", "-c", script, stderr=subprocess.DEVNULL)
+    return client, mark
+
+
+def _kill_run(trial: Trial) -> float:
+    client, mark = _start_run(trial)
     victims = trial.dice.choice(["client", "command", "both"])
     time.sleep(trial.dice.uniform(0, UP_TO_S))
     if victims == "command":
@@ -58,9 +65,13 @@ def _kill_run(trial: Trial) -> float:
         client.kill()
     took = _until_free(trial)
     client.wait(STARTED_S)
-    if mark.exists() and not _wait(lambda: not runs(int(mark.read_text())), FREED_S):
-        trial.wrongs.append(f"the command outlived its {victims}")
+    _expect_end(trial, mark, victims)
     return took
+
+
+def _expect_end(trial: Trial, mark: Path, cause: str) -> None:
+    if mark.exists() and not _wait(lambda: not runs(int(mark.read_text())), FREED_S):
+        trial.wrongs.append(f"the command outlived its {cause}")
 
 
 def _until_free(trial: Trial) -> float:
@@ -82,6 +93,45 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def daemon_kills(trial: Trial, count: int) -> list[float]:
+    """kill -9 of the daemon under `gpuctl run`, at any moment; sometimes its client dies as well.
+
+    Where the command runs it goes on, and the next daemon knows of its lease. Seconds from the
+    SIGTERM that then ends it until the models are back.
+    """
+    return [_kill_daemon(trial) for _ in range(count)]
+
+
+def _kill_daemon(trial: Trial) -> float:
+    client, mark = _start_run(trial)
+    time.sleep(trial.dice.uniform(0, UP_TO_S))
+    trial.arena.daemon.stop(signal.SIGKILL)
+    if trial.dice.random() < CLIENT_TOO:
+        client.kill()
+        client.wait()
+    granted = mark.exists()
+    trial.arena.start()
+    held = [each["state"] for each in trial.arena.daemon.client().status()["leases"]]
+    if granted and client.poll() is None and held != ["held"]:
+        trial.wrongs.append(f"a lease is lost: {held}")
+    began = time.monotonic()
+    client.terminate()
+    _expect_back(trial)
+    took = time.monotonic() - began
+    client.wait(STARTED_S)
+    _expect_end(trial, mark, "client")
+    return took
+
+
+def _expect_back(trial: Trial) -> None:
+    """Wait until no lease is left and the models are loaded."""
+    daemon = trial.arena.daemon
+    with daemon.client() as client:
+        free = _wait(lambda: not client.status()["leases"], FREED_S)
+    if not free or not _wait(lambda: set(daemon.states(MODEL)) == {"loaded"}, FREED_S):
+        trial.wrongs.append(f"the lease is there or models are {daemon.states(MODEL)}")
 
 
 # --- from another machine -------------------------------------------------------------------

@@ -53,6 +53,14 @@ SCENARIOS: dict[str, Scenario] = {
     "lease-kills": Scenario(
         attack=handovers.lease_kills, in_ci=50, at_length=2_000, took="a lease's end", took_s=1.0
     ),
+    "lease-daemon-kills": Scenario(
+        attack=handovers.daemon_kills,
+        in_ci=10,
+        at_length=200,
+        took="models back",
+        took_s=5.0,  # workers start and read the model anew
+        status_s=None,
+    ),
     "remote-lease-kills": Scenario(
         attack=handovers.remote_lease_kills,
         in_ci=5,
