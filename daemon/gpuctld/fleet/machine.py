@@ -15,6 +15,7 @@ from gpuctld.catalog import Catalog
 from gpuctld.config import Config
 from gpuctld.devices import Device
 from gpuctld.fleet import (
+    handback,
     jobs,
     leases,
     moves,
@@ -139,7 +140,7 @@ class Fleet:
             return True
         lease = self.state.leases.get(target)
         if lease is not None:
-            leases.cancel(self.state, lease, event.peer, why, now)
+            handback.cancel(self.state, lease, event.peer, why, now)
             return True
         return operations.cancel(self.state, target, why, now)
 
@@ -163,10 +164,10 @@ class Fleet:
 
     def _client_gone(self, event: ClientGone, now: float) -> None:
         jobs.cancel_of_client(self.state, event.client, now)
-        leases.client_gone(self.state, event.client, now)
+        handback.client_gone(self.state, event.client, now)
 
     def _holder_died(self, event: HolderDied, now: float) -> None:
-        leases.holder_died(self.state, event.lease, now)
+        handback.holder_died(self.state, event.lease, now)
 
     # --- workers ----------------------------------------------------------------------------
 
@@ -285,7 +286,7 @@ class Fleet:
         operations.expire(self.state, now)
         jobs.expire(self.state, now)
         jobs.give_up(self.state, now)
-        leases.expire(self.state, now)
+        handback.expire(self.state, now)
         self._unload_unused(now)
         if self.state.stopping:
             self._drain(now)
@@ -355,7 +356,7 @@ _REQUESTS: Mapping[str, Handler] = {
     "lora_list": Fleet._lora_list,  # noqa: SLF001  the table belongs to the class
     "generate": _with_peer(jobs.submit),
     "lease_acquire": _with_peer(leases.acquire),
-    "lease_release": _with_peer(leases.release),
+    "lease_release": _with_peer(handback.release),
     "lease_renew": _with_peer(leases.renew),
     "lease_list": Fleet._lease_list,  # noqa: SLF001
     "cancel": Fleet._cancel,  # noqa: SLF001

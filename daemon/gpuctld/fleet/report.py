@@ -202,6 +202,12 @@ def lease(held: Lease, now: float) -> dict[str, Any]:
     }
 
 
+def lease_reply(request_id: str, op: str, held: Lease, now: float, **fields: Any) -> dict[str, Any]:
+    """The reply to a request about a lease."""
+    about = {"lease": lease(held, now), "duration_s": now - held.asked_at}
+    return reply(request_id, op, **about, **fields)
+
+
 def _operation(operation: Operation, now: float) -> dict[str, Any]:
     return {
         "id": operation.id,

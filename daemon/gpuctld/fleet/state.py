@@ -365,6 +365,11 @@ class FleetState:
         held.go(state)
         self.publish("residency", gpu=worker.gpu, model=model, state=str(state))
 
+    def set_lease(self, lease: Lease, state: LeaseState) -> None:
+        """Change a lease's state and tell."""
+        lease.state = state
+        self.publish("lease", lease=lease.id, gpus=lease.gpus, state=str(state))
+
     def set_worker(self, worker: Worker, state: WorkerState, reason: str, now: float) -> None:
         """Change a worker's state and tell."""
         worker.state, worker.reason, worker.since = state, reason, now
