@@ -358,7 +358,7 @@ def test_a_lease_outlives_the_daemon_and_its_command_notices_nothing(own_daemon,
     [lease] = status["leases"]
     assert (lease["state"], lease["holder"]["pid"]) == ("held", client.pid)
     assert {worker["pid"] for worker in status["workers"]} == {0}, "nothing of ours on its GPUs"
-    assert "starts when its GPU is given back" in daemon.cli("status").stdout
+    assert "waits for its GPU" in daemon.cli("status").stdout
     with pytest.raises(GpuctlError, match="leased to pid"):
         daemon.client().load("shapes")
     gate.write_text("7\n")

@@ -29,7 +29,7 @@ MAX_FAULTS = 3
 FAULTS_S = 600.0
 """So many GPU faults in that time are the device's, not a program's."""
 
-AWAITS_GPU = "starts when its GPU is given back"
+AWAITS_GPU = "waits for its GPU"
 
 STUCK_S = 10.0
 """A process that has not ended so long after SIGKILL hangs in the kernel, usually in the driver."""
