@@ -243,12 +243,18 @@ class Controller:
     # --- deciding and doing -----------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Apply events, carry out effects, until both are exhausted."""
+        """Apply events, carry out effects, until both are exhausted.
+
+        What is decided is saved before anybody hears of it: who has a lease has it even if this
+        process ends in the next moment.
+        """
         while self._inbox:
             event = self._inbox.popleft()
-            for effect in self.fleet.apply(event, time.monotonic()):
+            decided = self.fleet.apply(event, time.monotonic())
+            self.state_file.save(self.fleet.snapshot)
+            for effect in decided:
                 self._carry_out(effect)
-        self.state_file.save(self.fleet.snapshot)
+        self.state_file.sync()
 
     def _carry_out(self, effect: effects.Effect) -> None:
         match effect:

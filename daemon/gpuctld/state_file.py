@@ -1,4 +1,4 @@
-"""The fleet's snapshot, kept across restarts of the daemon."""
+"""The fleet's snapshot, kept across restarts of the daemon and of the machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+import attrs
 from cattrs import BaseValidationError
 from cattrs.preconf.json import make_converter
 
@@ -21,65 +22,93 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _converter = make_converter()
 
 
-class StateFile:
-    """Written whole or not at all: a new file is synced and then renamed over the old one.
+@attrs.frozen
+class _Found:
+    """What a file says, and under which boot of the machine it was written."""
 
-    ``problem`` says why the last write failed, or is empty.
+    boot: str
+    snapshot: Snapshot
+
+
+class StateFile:
+    """Two files of the same kind, each written whole or not at all: a new one is renamed over it.
+
+    ``live`` is written before anything is done about a change, and outlives us. ``path`` is the
+    same synced to disk, which takes milliseconds, and outlives the machine. ``problem`` says why
+    the last write failed, or is empty.
     """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "wanted.json"
+        self.live = directory / "live.json"
         self.problem = ""
         self._saved: Snapshot | None = None
+        self._synced: Snapshot | None = None
 
     def read(self) -> Snapshot:
         """What was saved last; nothing if there is no file.
 
         A damaged file never stops the start: it is set aside and named in the log.
         """
-        try:
-            return _parse(self.path.read_text())
-        except FileNotFoundError:
-            return Snapshot()
-        except (OSError, ValueError, TypeError, AttributeError, BaseValidationError) as damaged:
-            reason = logs.fields(path=self.path, reason=damaged)
-            log.warning("state_file_damaged", extra=reason)
-            self._set_aside()
-            return Snapshot()
+        live, synced = self._read(self.live), self._read(self.path)
+        for found in (live, synced):
+            if found is not None and found.boot == _boot():
+                return found.snapshot
+        return synced.snapshot.without_leases() if synced is not None else Snapshot()
 
-    def _set_aside(self) -> None:
+    def _read(self, path: Path) -> _Found | None:
         try:
-            self.path.replace(self.path.with_suffix(".damaged"))
+            return _parse(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError, BaseValidationError) as damaged:
+            log.warning("state_file_damaged", extra=logs.fields(path=path, reason=damaged))
+            self._set_aside(path)
+            return None
+
+    def _set_aside(self, path: Path) -> None:
+        try:
+            path.replace(path.with_suffix(".damaged"))
         except OSError as stuck:
             self.problem = f"state not saved: {stuck}"
 
     def save(self, snapshot: Snapshot) -> None:
         """Keep ``snapshot`` if it has changed; a failure is remembered in ``problem``."""
-        if snapshot == self._saved:
-            return
-        try:
-            self._write(_text(snapshot))
-        except OSError as failed:
-            self._complain(failed)
-            return
-        self.problem = ""
-        self._saved = snapshot
+        if snapshot != self._saved and self._write(self.live, snapshot):
+            self._saved = snapshot
 
-    def _complain(self, failed: OSError) -> None:
+    def sync(self) -> None:
+        """Have what was saved on disk as well; a failure is remembered in ``problem``."""
+        saved = self._saved
+        if saved is not None and saved is not self._synced and self._write(self.path, saved):
+            self._synced = saved
+
+    def _write(self, path: Path, snapshot: Snapshot) -> bool:
+        try:
+            _replace(path, _text(snapshot), sync=path is self.path)
+        except OSError as failed:
+            self._complain(path, failed)
+            return False
+        self.problem = ""
+        return True
+
+    def _complain(self, path: Path, failed: OSError) -> None:
         """Once per problem: every change tries again."""
         problem = f"state not saved: {failed}"
         if problem != self.problem:
-            log.error("state_not_saved", extra=logs.fields(path=self.path, reason=failed))
+            log.error("state_not_saved", extra=logs.fields(path=path, reason=failed))
         self.problem = problem
 
-    def _write(self, text: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".new")
-        with fresh.open("w") as file:
-            file.write(text)
-            file.flush()
+
+def _replace(path: Path, text: str, *, sync: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        if sync:
             os.fsync(file.fileno())
-        fresh.replace(self.path)
+    fresh.replace(path)
 
 
 def _text(snapshot: Snapshot) -> str:
@@ -87,10 +116,9 @@ def _text(snapshot: Snapshot) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def _parse(text: str) -> Snapshot:
+def _parse(text: str) -> _Found:
     document = json.loads(text)
-    snapshot = _converter.structure(document, Snapshot)
-    return snapshot if document.get("boot") == _boot() else snapshot.without_leases()
+    return _Found(document.get("boot", ""), _converter.structure(document, Snapshot))
 
 
 def _boot() -> str:

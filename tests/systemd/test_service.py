@@ -88,7 +88,7 @@ def start_afresh(installed):
 
 def reset(machine):
     changed = [DROP_INS.format(unit) for unit in UNITS]
-    machine.run("rm", "-rf", *changed, "/var/lib/gpuctl/wanted.json")
+    machine.run("rm", "-rf", *changed, "/var/lib/gpuctl/wanted.json", "/var/lib/gpuctl/live.json")
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "reset-failed", "gpuctld", check=False)
     machine.write(CONFIG_PATH, CONFIG)

@@ -42,37 +42,71 @@ def file_limit():
     signal.signal(signal.SIGXFSZ, before)
 
 
+@pytest.fixture
+def reboot(tmp_path, monkeypatch):
+    """The machine starts anew."""
+
+    def start_anew():
+        boot = tmp_path / "boot_id"
+        boot.write_text("another boot")
+        monkeypatch.setattr(state_file, "BOOT_ID", boot)
+
+    return start_anew
+
+
+def keep(home, snapshot):
+    """Save it in both files."""
+    kept = StateFile(home)
+    kept.save(snapshot)
+    kept.sync()
+    assert kept.problem == ""
+    return kept
+
+
+def files(home):
+    made = StateFile(home)
+    return made.live, made.path
+
+
 def test_what_was_saved_is_read(tmp_path):
     StateFile(tmp_path / "state").save(WANTED)
     assert StateFile(tmp_path / "state").read() == WANTED
 
 
-def test_a_lease_does_not_outlive_the_machine_it_was_on(tmp_path, monkeypatch):
-    other = tmp_path / "boot_id"
-    other.write_text("another boot")
-    StateFile(tmp_path).save(WANTED)
-    monkeypatch.setattr(state_file, "BOOT_ID", other)
+def test_after_a_reboot_what_was_synced_is_read_and_leases_are_over(tmp_path, reboot):
+    keep(tmp_path, WANTED).save(OTHER)
+    reboot()
     assert StateFile(tmp_path).read() == Snapshot(
         wanted={0: {"flux": "device", "sd": "host"}, 1: {"flux": "device"}}
     )
 
 
-def test_a_file_cut_at_any_byte_never_stops_the_start(tmp_path):
-    StateFile(tmp_path).save(WANTED)
+def test_files_cut_at_any_byte_never_stop_the_start(tmp_path):
+    keep(tmp_path, WANTED)
     whole = StateFile(tmp_path).path.read_bytes()
     for length in range(len(whole) - 2):
-        StateFile(tmp_path).path.write_bytes(whole[:length])
-        fresh = StateFile(tmp_path)
-        assert fresh.read() == NOTHING
-        assert not fresh.path.exists(), "it is set aside"
-        fresh.save(WANTED)
+        for file in files(tmp_path):
+            file.write_bytes(whole[:length])
+        assert StateFile(tmp_path).read() == NOTHING
+        assert not any(file.exists() for file in files(tmp_path)), "they are set aside"
+        keep(tmp_path, WANTED)
+        assert StateFile(tmp_path).read() == WANTED
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_file_stands_in_for_the_other(tmp_path, which):
+    keep(tmp_path, WANTED)
+    file = files(tmp_path)[which]
+    for damage in (b"", b"{", b'{"boot": 3}'):
+        file.write_bytes(damage)
         assert StateFile(tmp_path).read() == WANTED
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_as_nothing(tmp_path_factory, data):
     home = tmp_path_factory.mktemp("state")
-    StateFile(home).path.write_bytes(data)
+    for file in files(home):
+        file.write_bytes(data)
     assert StateFile(home).read() == NOTHING
 
 
@@ -85,24 +119,43 @@ def test_any_bytes_are_read_as_nothing(tmp_path_factory, data):
 )
 def test_no_document_stops_the_start(tmp_path_factory, document):
     home = tmp_path_factory.mktemp("state")
-    StateFile(home).path.write_text(json.dumps({"wanted": document}))
+    for file in files(home):
+        file.write_text(json.dumps({"wanted": document}))
     assert isinstance(StateFile(home).read(), Snapshot)
 
 
+LARGER = attrs.evolve(WANTED, wanted={**WANTED.wanted, 2: {"flux": "device"}})
+
+
 def test_a_disk_that_is_full_at_any_byte_keeps_the_old_file(tmp_path, file_limit):
-    kept = StateFile(tmp_path)
-    kept.save(WANTED)
-    size = len(kept.path.read_bytes())
+    size = len(keep(tmp_path, WANTED).live.read_bytes())
     for limit in range(size):
         full = StateFile(tmp_path)
         file_limit(limit)
-        full.save(attrs.evolve(WANTED, wanted={**WANTED.wanted, 2: {"flux": "device"}}))
+        full.save(LARGER)
         file_limit(resource.RLIM_INFINITY)
         assert full.problem.startswith("state not saved")
         assert StateFile(tmp_path).read() == WANTED
         full.save(OTHER)
         assert full.problem == ""
         full.save(WANTED)
+
+
+def test_a_disk_that_is_full_at_any_byte_of_a_sync_keeps_the_old_file(tmp_path, file_limit):
+    size = len(keep(tmp_path, OTHER).path.read_bytes())
+    for limit in range(size):
+        full = StateFile(tmp_path)
+        full.save(LARGER)
+        file_limit(limit)
+        full.sync()
+        file_limit(resource.RLIM_INFINITY)
+        assert full.problem.startswith("state not saved")
+        full.live.unlink()
+        assert StateFile(tmp_path).read() == OTHER
+        full.sync()
+        assert full.problem == ""
+        assert StateFile(tmp_path).read() == LARGER
+        keep(tmp_path, OTHER)
 
 
 def test_a_folder_that_takes_no_file_is_told_and_tried_again():
