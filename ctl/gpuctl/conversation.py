@@ -1,8 +1,8 @@
 """One request and its answer, without any I/O: what both clients share.
 
 A conversation says what to send and what an incoming message means for it. It also knows what a
-restarted daemon means: a load, unload or reload is a wish and safe to send again; a generation
-is run at most once, so its loss is told instead.
+restarted daemon means: a load, unload, reload or lease is a wish and safe to send again; a
+generation is run at most once, so its loss is told instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpuctl.protocol import Request
 SILENCE_S = 6.0
 """The daemon sends a sign of life every two seconds; after three missed ones it is looked for."""
 
-RUN_ONCE = frozenset({"generate", "lease_acquire"})
+RUN_ONCE = frozenset({"generate"})
 
 OnEvent = Callable[[dict[str, Any]], None]
 

@@ -378,3 +378,19 @@ def test_a_command_that_ends_while_the_daemon_is_away_has_given_its_gpus_back(ow
     daemon.start()
     daemon.wait_for(lambda status: states(status) == ["loaded", "loaded"])
     assert not daemon.client().status()["leases"]
+
+
+def test_who_waits_for_a_lease_waits_on_when_the_daemon_restarts(own_daemon, tmp_path):
+    daemon = own_daemon(1)
+    daemon.client().load("shapes")
+    first, gate = waiting_command(daemon, tmp_path)
+    second = daemon.popen("run", "--wait", "60s", "--", "sh", "-c", "exit 5")
+    daemon.wait_for(lambda status: len(status["leases"]) == 2)
+    daemon.stop(signal.SIGKILL)
+    daemon.start()
+    daemon.wait_for(lambda status: len(status["leases"]) == 2)
+    gate.write_text("0\n")
+    assert first.wait(30) == 0
+    first.communicate()
+    assert second.wait(30) == 5
+    assert daemon.states() == ["loaded"]

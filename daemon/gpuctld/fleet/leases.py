@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuctl.errors import DeviceMemory, Leased, Timeout
+from gpuctl.errors import Busy, DeviceMemory, Leased, Timeout
 from gpuctl.protocol import LeaseAcquire, LeaseRenew
 from gpuctl.residency import Tier
 from gpuctld.fleet import handback, moves, operations, placement, preflight, report
@@ -32,8 +32,12 @@ def acquire(fleet: FleetState, event: Requested, now: float) -> None:
         UnknownGpu: no such GPU.
         DeviceMemory: ``need_bytes`` exceeds a card.
         Leased: another lease is in force or first in line, and the caller does not wait.
+        BadRequest, Busy: it is another user's, or being ended already (see :func:`_take_up`).
     """
     request: LeaseAcquire = event.request
+    if request.id in fleet.leases:
+        _take_up(fleet, fleet.leases[request.id], event, now)
+        return
     workers = fleet.select(request.gpus)
     _check_size(workers, request.need_bytes)
     lease = _new(request, event, [worker.gpu for worker in workers], now)
@@ -89,6 +93,15 @@ def adopt(fleet: FleetState, kept: KeptLease, now: float) -> None:
         answered=True,
     )
     _enter(fleet, lease)
+
+
+def _take_up(fleet: FleetState, lease: Lease, event: Requested, now: float) -> None:
+    """The daemon that granted it ended before its holder heard of it, who has asked again."""
+    handback.check_owner(lease, event.peer)
+    if lease.ending:
+        raise Busy(f"lease {lease.id} is being ended already")
+    lease.client, lease.renewed_at = event.client, now
+    fleet.emit(Answer(lease.id, _granted(fleet, lease, now)))
 
 
 def _enter(fleet: FleetState, lease: Lease) -> None:
@@ -251,11 +264,14 @@ def _give_up(fleet: FleetState, lease: Lease, error: dict[str, Any], now: float)
 def _hold(fleet: FleetState, lease: Lease, now: float) -> None:
     fleet.set_lease(lease, LeaseState.HELD)
     lease.renewed_at = now
-    names = [fleet.workers[gpu].device for gpu in lease.gpus]
-    visible = ",".join(device.uuid for device in names if device.is_cuda)
+    handback.answer(fleet, lease, _granted(fleet, lease, now))
+
+
+def _granted(fleet: FleetState, lease: Lease, now: float) -> dict[str, Any]:
+    devices = [fleet.workers[gpu].device for gpu in lease.gpus]
+    visible = ",".join(device.uuid for device in devices if device.is_cuda)
     fields = {"workers": lease.unload_rows, "cuda_visible_devices": visible}
-    reply = report.lease_reply(lease.id, "lease_acquire", lease, now, **fields)
-    handback.answer(fleet, lease, reply)
+    return report.lease_reply(lease.id, "lease_acquire", lease, now, **fields)
 
 
 def renew(fleet: FleetState, event: Requested, now: float) -> None:

@@ -511,6 +511,27 @@ def test_what_a_lease_found_parked_stays_parked(loaded, make_bench):
     assert fresh.states() == ["parked", "loaded"]
 
 
+def test_a_holder_that_did_not_hear_of_its_lease_asks_again_and_has_it(loaded, make_bench):
+    request = LeaseAcquire(gpus=[0])
+    loaded.ask(request, pid=7)
+    loaded.work()
+    fresh = reboot(loaded, make_bench)
+    fresh.ask(request, client=b"new", pid=7)
+    assert fresh.reply(request.id)["ok"]
+    assert fresh.reply(request.id)["lease"]["state"] == "held"
+
+
+def test_nobody_else_has_it_by_the_same_id(loaded, make_bench):
+    request = LeaseAcquire(gpus=[0])
+    loaded.ask(request, pid=7)
+    loaded.work()
+    fresh = reboot(loaded, make_bench)
+    stranger = Peer(pid=9, uid=2000)
+    fresh.apply(events.Requested(request=request, client=b"s", peer=stranger, blobs=()))
+    assert code(fresh, request.id) == "bad_request"
+    assert state(fresh, request.id) == "held"
+
+
 def test_a_lease_with_a_time_to_live_has_it_once_more(loaded, make_bench):
     lease = held(loaded, ttl_s=30.0)
     loaded.wait(29)
