@@ -45,6 +45,17 @@ def test_four_workers_share_one_host_copy(large_daemon):
     assert _shared_out(large_daemon) - empty <= 1.15 * model
 
 
+def test_twenty_cycles_leave_memory_flat(large_daemon):
+    client = large_daemon.client()
+    model = client.load("large")["workers"][0]["host_bytes"]
+    client.unload()
+    parked = _shared_out(large_daemon)
+    for _ in range(20):
+        client.reload()
+        client.unload()
+    assert _shared_out(large_daemon) - parked <= 0.02 * model
+
+
 def _shared_out(daemon) -> int:
     """Bytes of all workers, each shared page divided among those that map it: the kernel's PSS."""
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in daemon.worker_pids()]
