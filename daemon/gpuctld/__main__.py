@@ -95,9 +95,7 @@ def serve(options: argparse.Namespace, settings: Config, crew: list[Device]) -> 
         Busy: another daemon serves the socket.
     """
     endpoint = settings.daemon.socket or default_socket()
-    path = doors.ipc_path(endpoint)
-    if path is None:
-        raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
+    path = doors.bindable(endpoint)
     doors.private_directory(path.parent, 0o750)
     entrances.raise_limit()
     with lock.acquire(path.with_suffix(".lock")), _private_directory(options) as private:

@@ -47,7 +47,7 @@ class Door:
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, remote: Remote | None = None
     ) -> None:
-        path = _bindable(endpoint)
+        path = bindable(endpoint)
         self.endpoint = endpoint
         self.refused = 0
         self.socket = context.socket(zmq.ROUTER)
@@ -164,24 +164,19 @@ def _has_key(frame: zmq.Frame) -> bool:
         return False
 
 
-def _bindable(endpoint: str) -> Path:
-    """The path to bind.
+def bindable(endpoint: str) -> Path:
+    """The path to bind for clients.
 
     Raises:
         BadConfig: it is no ipc endpoint, or longer than the kernel takes.
     """
-    path = ipc_path(endpoint)
-    if path is None:
+    if not endpoint.startswith(IPC):
         raise BadConfig(f"{endpoint}: only ipc:// sockets are served")
+    path = Path(endpoint.removeprefix(IPC))
     if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
         limit = f"a socket's path has at most {zmq.IPC_PATH_MAX_LEN} bytes"
         raise BadConfig(f"{path} is too long: {limit}", "name a shorter one with --socket")
     return path
-
-
-def ipc_path(endpoint: str) -> Path | None:
-    """The file of an ``ipc://`` endpoint; ``None`` for other transports."""
-    return Path(endpoint.removeprefix(IPC)) if endpoint.startswith(IPC) else None
 
 
 def read(incoming: Incoming) -> tuple[Any, bytes, list[Any]]:

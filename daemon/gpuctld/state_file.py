@@ -42,6 +42,7 @@ class StateFile:
         self.path = directory / "wanted.json"
         self.live = directory / "live.json"
         self.problem = ""
+        self._boot = _boot()
         self._saved: Snapshot | None = None
         self._synced: Snapshot | None = None
 
@@ -52,7 +53,7 @@ class StateFile:
         """
         live, synced = self._read(self.live), self._read(self.path)
         for found in (live, synced):
-            if found is not None and found.boot == _boot():
+            if found is not None and found.boot == self._boot:
                 return found.snapshot
         return synced.snapshot.without_leases() if synced is not None else Snapshot()
 
@@ -74,18 +75,20 @@ class StateFile:
 
     def save(self, snapshot: Snapshot) -> None:
         """Keep ``snapshot`` if it has changed; a failure is remembered in ``problem``."""
-        if snapshot != self._saved and self._write(self.live, snapshot):
+        if snapshot != self._saved and self._write(self.live, snapshot, sync=False):
             self._saved = snapshot
 
     def sync(self) -> None:
         """Have what was saved on disk as well; a failure is remembered in ``problem``."""
         saved = self._saved
-        if saved is not None and saved is not self._synced and self._write(self.path, saved):
+        if saved is None or saved is self._synced:
+            return
+        if self._write(self.path, saved, sync=True):
             self._synced = saved
 
-    def _write(self, path: Path, snapshot: Snapshot) -> bool:
+    def _write(self, path: Path, snapshot: Snapshot, *, sync: bool) -> bool:
         try:
-            _replace(path, _text(snapshot), sync=path is self.path)
+            _replace(path, _text(snapshot, self._boot), sync=sync)
         except OSError as failed:
             self._complain(path, failed)
             return False
@@ -111,8 +114,8 @@ def _replace(path: Path, text: str, *, sync: bool) -> None:
     fresh.replace(path)
 
 
-def _text(snapshot: Snapshot) -> str:
-    document = {"schema": SCHEMA, "boot": _boot(), **_converter.unstructure(snapshot)}
+def _text(snapshot: Snapshot, boot: str) -> str:
+    document = {"schema": SCHEMA, "boot": boot, **_converter.unstructure(snapshot)}
     return json.dumps(document, indent=1) + "\n"
 
 

@@ -16,13 +16,12 @@ from tests.gpu.conftest import DEVICE, MIB
 
 pytestmark = pytest.mark.gpu
 
-
 WORKER = """
 import sys, torch
 from gpuctld import weights
 from tests.gpu import graphs
 from tests.conftest import silent
-from tests.gpu.conftest import DEVICE, MIB
+from tests.gpu.conftest import DEVICE
 
 _, resident = graphs.attached(graphs.linear(8192), DEVICE, weights.gauge(torch.device("cpu"), ""))
 adapter = torch.randn(8192, 8192, device=DEVICE)

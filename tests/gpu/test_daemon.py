@@ -17,7 +17,6 @@ from tests.integration.daemon import Daemon, states, worker_states
 
 pytestmark = pytest.mark.gpu
 
-
 KEEPER = """
 import time, torch
 free, _ = torch.cuda.mem_get_info()

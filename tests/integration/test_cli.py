@@ -14,6 +14,7 @@ import pytest
 import gpuctl
 from gpuctl_demo import scenes
 from gpuctl_demo.drawing import draw
+from tests.integration.daemon import CLI
 
 PROMPT = "a small green star on a white background"
 
@@ -76,13 +77,16 @@ def _write_huge(path):
     Image.new("1", (12_000, 12_000)).save(path)
 
 
-def test_the_version_is_told_without_a_daemon(daemon):
-    assert daemon.cli("--version").stdout == f"gpuctl {gpuctl.__version__}\n"
+def test_the_version_is_told_without_a_daemon(tmp_path):
+    environ = {**os.environ, "GPUCTL_SOCKET": f"ipc://{tmp_path}/nobody.sock"}
+    words = [*CLI, "--version"]
+    told = subprocess.run(words, env=environ, capture_output=True, text=True, check=True).stdout
+    assert told == f"gpuctl {gpuctl.__version__}\n"
 
 
 def test_without_a_daemon(tmp_path):
     environ = {**os.environ, "GPUCTL_SOCKET": f"ipc://{tmp_path}/nobody.sock"}
-    words = [sys.executable, "-c", "from gpuctl.cli import main; main()", "status"]
+    words = [*CLI, "status"]
     done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert "gpuctl serve" in done.stderr

@@ -33,7 +33,7 @@ def release(fleet: FleetState, event: Requested, now: float) -> None:
         reply = report.lease_reply(request.id, request.op, lease, now, workers=[])
         fleet.emit(Answer(request.id, reply))
         return
-    if lease.state is LeaseState.RELOADING or lease.release_request:
+    if lease.ending or lease.release_request:
         raise Busy(f"lease {lease.id} is being ended already")
     lease.release_request = request.id
     lease.reload_wait_s = request.wait_s
@@ -119,7 +119,7 @@ def holder_died(fleet: FleetState, lease_id: str, now: float) -> None:
 def withdraw(fleet: FleetState, lease_id: str, why: GpuctlError, now: float) -> None:
     """Nobody wants the lease any more, in whatever state it is."""
     lease = fleet.leases.get(lease_id)
-    if lease is None or lease.state is LeaseState.RELOADING:
+    if lease is None or lease.ending:
         return
     if lease.state is LeaseState.WAITING:
         refuse(fleet, lease, why)

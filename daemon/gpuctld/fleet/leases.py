@@ -79,15 +79,10 @@ def adopt(fleet: FleetState, kept: KeptLease, now: float) -> None:
         client=b"",  # it has a new connection now, if any
         holder=kept.holder,
         command=kept.command,
-        need_bytes=0,
-        abort_jobs=False,
-        suspend=False,
         queue_jobs=kept.queue_jobs,
         ttl_s=kept.ttl_s,
         asked_at=kept.asked_at,
         renewed_at=now,
-        wait_until=now,
-        deadline=float("inf"),
         state=LeaseState.HELD,
         restore={gpu: names for gpu, names in kept.restore.items() if gpu in gpus},
         answered=True,
@@ -100,7 +95,7 @@ def _take_up(fleet: FleetState, lease: Lease, event: Requested, now: float) -> N
     handback.check_owner(lease, event.peer)
     if lease.ending:
         raise Busy(f"lease {lease.id} is being ended already")
-    lease.client, lease.renewed_at = event.client, now
+    lease.renewed_at = now
     fleet.emit(Answer(lease.id, _granted(fleet, lease, now)))
 
 

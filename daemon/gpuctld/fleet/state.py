@@ -193,14 +193,14 @@ class Lease:
     client: bytes
     holder: Peer
     command: str
-    need_bytes: int
-    abort_jobs: bool
-    suspend: bool
     queue_jobs: bool
     ttl_s: float | None
     asked_at: float
-    wait_until: float
-    deadline: float
+    need_bytes: int = 0
+    abort_jobs: bool = False
+    suspend: bool = False
+    wait_until: float = 0.0
+    deadline: float = float("inf")
     state: LeaseState = LeaseState.WAITING
     renewed_at: float = 0.0
     restore: dict[int, list[str]] = attrs.field(factory=dict)

@@ -11,8 +11,8 @@ from collections import deque
 import torch
 
 from gpuctld.weights import driver
-from gpuctld.weights.pinning import PIECE_BYTES, Pins
-from gpuctld.weights.transfer import Progress, cuts
+from gpuctld.weights.pinning import Pins
+from gpuctld.weights.transfer import PIECE_BYTES, Progress, cuts
 
 RING_BYTES = 32 * 1024 * 1024
 RING_SLOTS = 4
@@ -45,7 +45,7 @@ class Copies:
 
     def copy(self, start: int, stop: int) -> None:
         """Queue the copies of a span of bytes; may wait for earlier ones, not for these."""
-        for at, size in cuts(start, stop, PIECE_BYTES):
+        for at, size in cuts(start, stop):
             self._send(at, size)
             self._land(IN_FLIGHT)
 

@@ -12,8 +12,7 @@ import threading
 
 from gpuctl.errors import GpuctlError
 from gpuctld.weights import driver
-
-PIECE_BYTES = 256 * 1024 * 1024
+from gpuctld.weights.transfer import PIECE_BYTES
 
 
 class Pins:
