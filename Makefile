@@ -49,7 +49,7 @@ unit: $(VENV)/.installed
 
 chaos: $(VENV)/.installed
 	$(BIN)/python -m tests.chaos all --out chaos-output
-	$(BIN)/python -m tests.chaos report chaos-output/*.json > docs/reliability.md
+	$(BIN)/python -m tests.chaos report chaos-output/*.json
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/pytest -m gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ HEADING = """# Reliability
 What `make chaos` saw: a real daemon, two workers, and attacks on them. Workers are killed, stopped
 and broken under eight clients that generate, ask for the status, load, unload and reload; the
 daemon itself is stopped, killed and asked to leave under load; programs die with the GPUs on a
-lease; and strangers send nonsense. Written by `python -m tests.chaos report`; no figure here was
-typed by hand.
+lease; and strangers send nonsense. Written by `python -m tests.chaos report`, which puts in what
+was run and leaves the rest as it was; no figure here was typed by hand.
 
 A trial fails if a request has no answer or two, a job runs twice, a worker or the models do not
 come back, a seeded picture changes, a process, a file or descriptors are left behind, the daemon's
@@ -58,31 +59,44 @@ def summary(found: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(runs: Sequence[Found]) -> str:
-    """docs/reliability.md."""
-    rows = [_row(found) for found in runs]
-    about = [_about(found) for found in runs]
+def updated(page: str, runs: Sequence[Found]) -> str:
+    """docs/reliability.md with these runs in it; attacks not among them stay as they are."""
+    rows = _named(_ROW, page) | {found["scenario"]: _row(found) for found in runs}
+    about = _named(_ABOUT, page) | {found["scenario"]: _about(found) for found in runs}
     lines = [
         HEADING,
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
-        *rows,
+        *[rows[name] for name in about],
         "",
         "## The attacks",
         "",
-        *about,
+        *about.values(),
         "",
     ]
     return "\n".join(lines)
 
 
+_ROW = re.compile(r"^\| ([a-z-]+) \|.*$", re.MULTILINE)
+_ABOUT = re.compile(r"^- \*\*([a-z-]+)\*\*: .*$", re.MULTILINE)
+
+
+def _named(line: re.Pattern[str], page: str) -> dict[str, str]:
+    return {match[1]: match[0] for match in line.finditer(page)}
+
+
 def _row(found: Found) -> str:
     failures = len(found["wrongs"])
-    below = f"{300 / found['count']:.1g} %" if not failures else "-"
+    below = f"{_short(300 / found['count'])} %" if not failures else "-"
     cells = [found["scenario"], f"{found['count']:,}", failures, below, *_took(found)]
     glance = f"{quantile(found['status_s'], 0.99) * 1e3:.0f} ms" if found["status_s"] else "-"
     cells += [found["requests"] or "-", glance, _growth(found)]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _short(number: float) -> str:
+    """One digit that counts, and no exponent."""
+    return f"{float(f'{number:.1g}'):f}".rstrip("0").rstrip(".")
 
 
 def _took(found: Found) -> tuple[str, str]:

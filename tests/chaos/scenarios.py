@@ -5,10 +5,7 @@ The counts at length are those of an hour or two on two cores; each bound is a p
 
 from __future__ import annotations
 
-from functools import partial
-
 from tests.chaos import endings, floods, handovers, siege
-from tests.chaos.arena import Arena
 from tests.chaos.trial import Scenario
 
 _BACK = "a worker's way back"
@@ -28,9 +25,9 @@ SCENARIOS: dict[str, Scenario] = {
         in_ci=0,
         at_length=10,
         took=_BACK,
-        took_s=None,
-        status_s=None,
-        stage=partial(Arena, device="cuda:0"),
+        took_s=3.0,
+        stage=siege.GpuArena,
+        needs_gpu=True,
     ),
     "soak": Scenario(attack=siege.soak, in_ci=2, at_length=90, took=_BACK, took_s=3.0),
     "controller-kills": Scenario(

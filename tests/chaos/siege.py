@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import attrs
+import pynvml
 
 from tests.chaos import blows
-from tests.chaos.arena import BACK_S, runs, unready
+from tests.chaos.arena import BACK_S, MIB, Arena, runs, unready
 from tests.chaos.blows import Blow
 from tests.chaos.crowd import EIGHT, MODEL
 from tests.chaos.trial import Trial
+from tests.integration.fork_servers import ForkServers
 
 POLL_S = 0.02
 PAUSE_S = (0.1, 0.6)
 """Between two blows; a worker is back after 0.4 s, so jobs and moves get done in between."""
 FAULT_EVERY_S = (25.0, 35.0)
+LEFT_MIB = 64
+"""On a GPU after the end, more or less than before the start."""
+LEFT_S = 10.0
+"""For the driver to have it all back."""
 
 
 @attrs.define
@@ -110,6 +117,32 @@ def worker_stops(trial: Trial, count: int) -> list[float]:
 def sticky_faults(trial: Trial, count: int) -> list[float]:
     """CUDA errors that no process survives, faked."""
     return _siege(trial, count, [blows.STICKY], PAUSE_S)
+
+
+class GpuArena(Arena):
+    """Both workers on the first GPU, whose memory must be free again after the end."""
+
+    def __init__(
+        self, home: Path, fork_servers: ForkServers, silence_s: float | None = None
+    ) -> None:
+        pynvml.nvmlInit()
+        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._used_before = self._used_mib()
+        super().__init__(home, fork_servers, silence_s, device="cuda:0")
+
+    def _used_mib(self) -> float:
+        return float(pynvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB)
+
+    def _left_mib(self) -> float:
+        return self._used_mib() - self._used_before
+
+    def end(self) -> list[str]:
+        found = super().end()
+        deadline = time.monotonic() + LEFT_S
+        while abs(self._left_mib()) > LEFT_MIB and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = self._left_mib()
+        return found + ([f"{left:.0f} MiB are left on the GPU"] if abs(left) > LEFT_MIB else [])
 
 
 def cuda_faults(trial: Trial, count: int) -> list[float]:

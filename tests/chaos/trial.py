@@ -70,6 +70,7 @@ class Scenario:
     took_s: float | None
     status_s: float | None = 0.05
     stage: Callable[..., Arena] = Arena
+    needs_gpu: bool = False
 
 
 def run(  # noqa: PLR0913  two of them are for a busy machine

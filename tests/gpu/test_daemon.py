@@ -137,17 +137,30 @@ def test_a_program_that_keeps_the_card_is_named_and_outlasted(daemon, programs):
     assert daemon.draw(0) == daemon.draw(1) == expected
 
 
-def test_a_worker_killed_while_suspended_comes_back_parked(daemon):
+def test_a_worker_killed_while_suspended_comes_back_suspended(daemon):
     client = daemon.client()
     client.unload(suspend=True)
+    base = used()
     victim = client.status()["workers"][0]["pid"]
     assert victim > 0
     os.kill(victim, signal.SIGKILL)
-    daemon.wait_for(
-        lambda s: s["workers"][0]["pid"] not in {0, victim} and states(s)[0] == "parked"
-    )
+    daemon.wait_for(lambda s: s["workers"][0]["pid"] not in {0, victim})
+    daemon.wait_for(lambda s: worker_states(s) == ["suspended"] * 2)
+    assert states(client.status()) == ["parked"] * 2
+    assert used() <= base + 16 * MIB
     client.reload(verify=True)
     daemon.draw(0)
+
+
+def test_a_killed_daemon_leaves_nothing_on_the_gpu(tmp_path):
+    base = used()
+    daemon = Daemon(tmp_path, device="cuda:0").start()
+    daemon.client().load("shapes")
+    daemon.stop(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while used() > base + 64 * MIB:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("woken", [False, True])

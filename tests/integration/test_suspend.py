@@ -54,7 +54,7 @@ def test_a_command_gets_suspended_gpus_and_the_models_come_back(daemon):
     assert daemon.draw(1) == expected
 
 
-def test_a_suspended_worker_that_dies_comes_back_with_its_models_parked(own_daemon):
+def test_a_suspended_worker_that_dies_comes_back_suspended(own_daemon):
     daemon = own_daemon(1)
     client = daemon.client()
     client.load("shapes")
@@ -63,13 +63,17 @@ def test_a_suspended_worker_that_dies_comes_back_with_its_models_parked(own_daem
     assert victim > 0
     os.kill(victim, signal.SIGKILL)
     daemon.wait_for(lambda status: status["workers"][0]["pid"] not in {0, victim})
-    daemon.wait_for(lambda status: states(status) == ["parked"])
+    daemon.wait_for(lambda status: worker_states(status) == ["suspended"])
+    assert states(client.status()) == ["parked"]
     client.reload()
     daemon.draw(0)
 
 
-def test_a_stop_while_suspended_is_clean(own_daemon):
+def test_a_stop_while_suspended_is_clean_and_the_next_start_suspends_again(own_daemon):
     daemon = own_daemon(1)
     daemon.client().load("shapes")
     daemon.client().unload(suspend=True)
     assert daemon.stop() == 0
+    daemon.start()
+    daemon.wait_for(lambda status: worker_states(status) == ["suspended"])
+    assert states(daemon.client().status()) == ["parked"]

@@ -27,7 +27,9 @@ LEASE = KeptLease(
     asked_at=12.5,
     restore={1: ["flux"]},
 )
-WANTED = Snapshot(wanted={0: {"flux": "device", "sd": "host"}, 1: {"flux": "host"}}, leases=[LEASE])
+WANTED = Snapshot(
+    wanted={0: {"flux": "device", "sd": "host"}, 1: {"flux": "host"}}, suspended=[1], leases=[LEASE]
+)
 OTHER = Snapshot(wanted={0: {"flux": "host"}})
 NOTHING = Snapshot()
 
@@ -77,7 +79,7 @@ def test_after_a_reboot_what_was_synced_is_read_and_leases_are_over(tmp_path, re
     keep(tmp_path, WANTED).save(OTHER)
     reboot()
     assert StateFile(tmp_path).read() == Snapshot(
-        wanted={0: {"flux": "device", "sd": "host"}, 1: {"flux": "device"}}
+        wanted={0: {"flux": "device", "sd": "host"}, 1: {"flux": "device"}}, suspended=[1]
     )
 
 

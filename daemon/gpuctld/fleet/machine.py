@@ -239,6 +239,8 @@ class Fleet:
             if worker is not None:
                 known = {name: tier for name, tier in models.items() if name in self.state.catalog}
                 worker.wanted.update(known)
+        for worker in self.state.workers.values():
+            worker.suspend_wanted = worker.gpu in event.snapshot.suspended
         for kept in event.snapshot.leases:
             leases.adopt(self.state, kept, now)
         workers.start(self.state, now)

@@ -146,7 +146,7 @@ def unload_steps(
 
 def suspend_steps(workers: Sequence[Worker], operation: str) -> list[Step]:
     """One step per worker, to come after those that unload its models."""
-    return [Step(worker.gpu, "", Tier.HOST, operation, suspend=True) for worker in workers]
+    return [Step.suspending(worker.gpu, operation) for worker in workers]
 
 
 def reload_steps(

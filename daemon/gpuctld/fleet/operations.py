@@ -6,7 +6,6 @@ waits for it, so two of them never interleave; others run side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -136,6 +135,8 @@ def _send(
     state = worker.state_of(step.model)
     step.origin = TIER[state]
     step.sent_at = now
+    if step.moves and step.target is Tier.DEVICE:
+        worker.suspend_wanted = False
     if step.change is not None and not step.change.is_possible(state):
         outcomes.end(fleet, step, now, step.change.refusal(step.model))
         return
@@ -279,18 +280,21 @@ def cancel(fleet: FleetState, operation_id: str, error: GpuctlError, now: float)
 
 
 def restore(fleet: FleetState, worker: Worker, now: float) -> None:
-    """Bring a fresh worker's models back to the tier they were in."""
-    steps = [(name, tier) for name, tier in worker.wanted.items() if name in fleet.catalog]
-    if steps:
-        _begin_restore(fleet, worker.gpu, steps, now)
+    """Bring a fresh worker's models back to the tier they were in, and suspend it if it was."""
+    wanted = {name: tier for name, tier in worker.wanted.items() if name in fleet.catalog}
+    suspend = worker.suspend_wanted and Tier.DEVICE not in fleet.promised(worker).values()
+    if wanted or suspend:
+        _begin_restore(fleet, worker.gpu, wanted, now, suspend=suspend)
 
 
 def _begin_restore(
-    fleet: FleetState, gpu: int, wanted: Sequence[tuple[str, Tier]], now: float
+    fleet: FleetState, gpu: int, wanted: dict[str, Tier], now: float, *, suspend: bool = False
 ) -> None:
     fleet.restores += 1
     id_ = f"restore-{fleet.restores}"
-    steps = [Step(gpu, name, tier, id_) for name, tier in wanted]
+    steps = [Step(gpu, name, tier, id_) for name, tier in wanted.items()]
+    if suspend:
+        steps.append(Step.suspending(gpu, id_))
     begin(fleet, Operation(id_, "restore", steps, now, purpose=Purpose.NOBODY, serial=True))
 
 
@@ -313,4 +317,4 @@ def _park_what_did_not_fit(fleet: FleetState, operation: Operation, now: float) 
         if step.failed and step.row and step.target is Tier.DEVICE and here:
             worker.wanted[step.model] = Tier.HOST
             worker.holding(step.model).error = step.row["error"]
-            _begin_restore(fleet, step.gpu, [(step.model, Tier.HOST)], now)
+            _begin_restore(fleet, step.gpu, {step.model: Tier.HOST}, now)

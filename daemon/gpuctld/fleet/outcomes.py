@@ -28,6 +28,7 @@ _ARRIVED = {
 def done(fleet: FleetState, worker: Worker, step: Step, result: dict[str, Any], now: float) -> None:
     """A worker has finished its step."""
     if step.suspend:
+        worker.suspend_wanted = True
         end(fleet, step, now, **_row_fields(result))
         return
     held = worker.holding(step.model)
@@ -51,10 +52,10 @@ def done(fleet: FleetState, worker: Worker, step: Step, result: dict[str, Any], 
 
 
 def _more_to_come(fleet: FleetState, step: Step) -> bool:
-    """For this worker to do: one model that loads is no proof that the next one will."""
+    """For this worker to load: one model that does is no proof that the next one will."""
     operation = fleet.operation(step.operation)
     left = operation.unfinished if operation is not None else []
-    return any(other is not step and other.gpu == step.gpu for other in left)
+    return any(other is not step and other.gpu == step.gpu and other.moves for other in left)
 
 
 def _row_fields(result: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +117,9 @@ def lost_worker(worker: Worker) -> WorkerLost:
 
 def keep_wanted(fleet: FleetState, worker: Worker, step: Step) -> None:
     """What an unload leaves for a worker without a process: the host copy, if it stays."""
-    if step.target is Tier.HOST and step.model in fleet.layouts:
+    if step.suspend:
+        worker.suspend_wanted = True
+    elif step.target is Tier.HOST and step.model in fleet.layouts:
         worker.wanted[step.model] = Tier.HOST
     else:
         worker.wanted.pop(step.model, None)

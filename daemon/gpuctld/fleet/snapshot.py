@@ -31,9 +31,13 @@ class KeptLease:
 
 @attrs.frozen(kw_only=True)
 class Snapshot:
-    """The part of a fleet's state that a restarted daemon needs."""
+    """The part of a fleet's state that a restarted daemon needs.
+
+    ``suspended``: the GPUs whose worker shall have no context there.
+    """
 
     wanted: Wanted = attrs.field(factory=dict)
+    suspended: list[int] = attrs.field(factory=list)
     leases: list[KeptLease] = attrs.field(factory=list)
 
     def without_leases(self) -> Snapshot:
@@ -41,7 +45,7 @@ class Snapshot:
         wanted = _copy(self.wanted)
         for lease in self.leases:
             _want_back(wanted, lease.restore)
-        return Snapshot(wanted=wanted)
+        return attrs.evolve(self, wanted=wanted, leases=[])
 
 
 def take(fleet: FleetState) -> Snapshot:
@@ -57,7 +61,11 @@ def take(fleet: FleetState) -> Snapshot:
             kept.append(_keep(lease))
         else:
             _want_back(wanted, lease.restore)
-    return Snapshot(wanted={gpu: models for gpu, models in wanted.items() if models}, leases=kept)
+    return Snapshot(
+        wanted={gpu: models for gpu, models in wanted.items() if models},
+        suspended=[worker.gpu for worker in fleet.workers.values() if worker.suspend_wanted],
+        leases=kept,
+    )
 
 
 def _copy(wanted: Wanted) -> Wanted:

@@ -89,6 +89,11 @@ class Step:
     change: AdapterChange | None = None
     row: dict[str, Any] | None = None
 
+    @classmethod
+    def suspending(cls, gpu: int, operation: str) -> Step:
+        """Give the context back; to come after the steps that unload the worker's models."""
+        return cls(gpu, "", Tier.HOST, operation, suspend=True)
+
     @property
     def task(self) -> str:
         return f"{self.operation}/{self.gpu}/{self.model}"
@@ -244,6 +249,7 @@ class Task:
 class Worker:
     """The process that owns one device. ``wanted``: the tier each model shall be in.
 
+    ``suspend_wanted``: its context shall be off the device until a model goes there.
     ``context_bytes``: what a suspended worker takes of the device when it wakes. ``faults``: when
     GPU faults were seen. ``recovery``: what the driver then asked for. ``killed_at``: the SIGKILL
     that it has not ended on yet.
@@ -256,6 +262,7 @@ class Worker:
     memory: dict[str, int] = attrs.field(factory=lambda: {"total": 0, "used": 0, "free": 0})
     models: dict[str, Holding] = attrs.field(factory=dict)
     wanted: dict[str, Tier] = attrs.field(factory=dict)
+    suspend_wanted: bool = False
     context_bytes: int = 0
     task: Task | None = None
     restarts: int = 0

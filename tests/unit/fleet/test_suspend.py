@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from gpuctl.protocol import LeaseAcquire, LeaseRelease, Load, Reload, Unload
+from gpuctl.residency import Tier
+from gpuctld.fleet import events
+from gpuctld.fleet.snapshot import Snapshot
 from gpuctld.messages import Done, Failed, ReloadModel, Suspend, Suspended, UnloadModel, Woken
 
 GIB = 2**30
@@ -25,9 +28,25 @@ def suspend(bench, gpu, command):
 def suspended(bench):
     parked(bench)
     bench.ask(Unload(suspend=True))
-    for gpu, command in bench.take(Suspend):
-        suspend(bench, gpu, command)
+    go_to_sleep(bench)
     return bench
+
+
+def go_to_sleep(bench):
+    """Whoever is told to."""
+    commands = bench.take(Suspend)
+    for gpu, command in commands:
+        suspend(bench, gpu, command)
+    return [gpu for gpu, _ in commands]
+
+
+def replace(bench, gpu):
+    """Its process dies and the next one says hello."""
+    bench.die(gpu)
+    bench.wait(2)
+    bench.hello(gpu)
+    assert not bench.take(Suspend), "its models come first"
+    bench.work()
 
 
 def worker_states(bench):
@@ -42,8 +61,7 @@ def test_the_context_goes_after_the_models(bench):
     assert not bench.take(Suspend)
     for gpu, command in unloads:
         bench.finish(gpu, command)
-    for gpu, command in bench.take(Suspend):
-        suspend(bench, gpu, command)
+    go_to_sleep(bench)
     reply = bench.reply(id_)
     assert reply["ok"]
     contexts = [row for row in reply["workers"] if not row["model"]]
@@ -122,13 +140,78 @@ def test_a_worker_that_dies_while_it_suspends_has_freed_everything(bench):
     assert bench.reply(id_)["ok"]
 
 
+def test_a_worker_that_dies_suspended_is_suspended_again(bench):
+    suspended(bench)
+    replace(bench, 1)
+    assert go_to_sleep(bench) == [1]
+    assert bench.states() == ["parked"] * 2
+    assert worker_states(bench) == ["suspended"] * 2
+
+
+def test_a_worker_without_a_model_is_suspended_again_as_well(bench):
+    bench.ask(Unload(suspend=True))
+    go_to_sleep(bench)
+    bench.die(0)
+    bench.wait(2)
+    bench.hello(0)
+    assert go_to_sleep(bench) == [0]
+
+
+def test_a_worker_that_is_away_is_suspended_when_it_is_back(bench):
+    parked(bench)
+    bench.die(0)
+    assert bench.ask(Unload(suspend=True))
+    assert go_to_sleep(bench) == [1]
+    bench.wait(2)
+    bench.hello(0)
+    bench.work()
+    assert go_to_sleep(bench) == [0]
+
+
+def test_a_worker_that_was_woken_stays_awake(bench):
+    suspended(bench)
+    bench.ask(Reload())
+    bench.work()
+    bench.ask(Unload())
+    bench.work()
+    replace(bench, 0)
+    assert go_to_sleep(bench) == []
+
+
+def test_a_reload_that_waits_for_a_worker_finds_it_awake(bench):
+    suspended(bench)
+    bench.die(0)
+    id_ = bench.ask(Reload(gpus=[0]))
+    bench.wait(2)
+    bench.hello(0)
+    bench.work()
+    assert go_to_sleep(bench) == []
+    assert bench.reply(id_)["ok"]
+    assert bench.states() == ["loaded", "parked"]
+
+
+def test_workers_are_suspended_again_after_a_restart_of_the_daemon(bench, make_bench):
+    suspended(bench)
+    bench.ask(Load(model="flux", gpus=[1]))
+    bench.work()
+    kept = bench.fleet.snapshot
+    assert kept == Snapshot(
+        wanted={0: {"flux": Tier.HOST}, 1: {"flux": Tier.DEVICE}}, suspended=[0]
+    )
+    after = make_bench()
+    after.apply(events.Booted(kept))
+    after.all_up()
+    after.work()
+    assert go_to_sleep(after) == [0]
+    assert after.states() == ["parked", "loaded"]
+
+
 def test_a_lease_suspends_and_its_end_wakes(bench):
     bench.ask(Load(model="flux"))
     bench.work()
     lease = bench.ask(LeaseAcquire(suspend=True))
     bench.work()
-    for gpu, command in bench.take(Suspend):
-        suspend(bench, gpu, command)
+    go_to_sleep(bench)
     assert bench.reply(lease)["ok"]
     bench.ask(LeaseRelease(lease=lease))
     bench.answer_probes()
