@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import queue
 import statistics
 import subprocess
@@ -31,6 +32,9 @@ from tests.integration.daemon import Daemon, states
 
 from gpuctl import GpuctlError
 
+COMMAND = Path(sys.executable).with_name("gpuctl")
+"""As installed: a shell starts no other."""
+
 MODEL = "shapes"
 PROMPT = "a small red circle on white"
 HEADROOM = 3 << 30
@@ -38,6 +42,8 @@ HEADROOM = 3 << 30
 
 TIMED = 'date +%s.%N; "$@"; date +%s.%N'
 """A shell that says when it begins, and when the program that it runs has ended."""
+
+IMPORTS = "import gpuctl.cli.lease, gpuctl.run, time; print(time.time())"
 
 PROGRAM = """
 import sys, torch
@@ -111,9 +117,9 @@ def _round(daemon: Daemon, need: int, arrivals: Arrivals) -> Round:
     unload, reload = _bare(daemon)
     arrivals.wait()
     started = time.time()
-    done = daemon.cli("run", *words, "--", "sh", "-c", TIMED, "sh", *program)
+    done = _gpuctl(daemon, "run", *words, "--", "sh", "-c", TIMED, "sh", *program)
     ended = arrivals.wait()
-    first, last = (float(line) for line in done.stdout.split())
+    first, last = (float(line) for line in done.split())
     if set(states(daemon.client().status(), MODEL)) != {"loaded"}:
         raise SystemExit("a model is not back after the round")
     return {
@@ -125,6 +131,21 @@ def _round(daemon: Daemon, need: int, arrivals: Arrivals) -> Round:
     }
 
 
+def _gpuctl(daemon: Daemon, *words: str) -> str:
+    """Its output. The tests' PYTHONPATH would have every import look into more folders.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    environ = {**os.environ, "GPUCTL_SOCKET": daemon.endpoint}
+    done = subprocess.run(
+        [COMMAND, *words], env=environ, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
+
+
 def _bare(daemon: Daemon) -> tuple[float, float]:
     client = daemon.client()
     return client.unload()["duration_s"], client.reload()["duration_s"]
@@ -132,9 +153,10 @@ def _bare(daemon: Daemon) -> tuple[float, float]:
 
 def _start_of_gpuctl() -> float:
     """What its interpreter and its imports take by themselves, in this very moment."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import gpuctl.cli.lease, gpuctl.run"], check=True)
-    return time.monotonic() - started
+    started = time.time()
+    python = [sys.executable, "-P", "-c", IMPORTS]
+    done = subprocess.run(python, capture_output=True, text=True, check=True)
+    return float(done.stdout) - started
 
 
 def _pictures(daemon: Daemon) -> set[str]:

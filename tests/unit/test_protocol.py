@@ -60,7 +60,8 @@ def test_every_request_survives_the_wire(cls):
     request = filled(cls)
     version, body = protocol.encode(request)
     assert version == protocol.VERSION
-    assert protocol.request_from_map(protocol.decode_map(body)) == request
+    again = protocol.request_from_map(protocol.decode_map(body))
+    assert (type(again), vars(again)) == (cls, vars(request))
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,9 @@ def gpuctl(ctx: click.Context, socket: str | None, debug: bool) -> None:
     ctx.obj = {"socket": socket, "debug": debug}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point; leaves with the exit statuses of :mod:`gpuctl.errors`."""
-    words = sys.argv[1:] if arguments is None else arguments
+def main() -> None:
+    """Run what the command line says; leaves with the exit statuses of :mod:`gpuctl.errors`."""
+    words = sys.argv[1:]
     debug = "--debug" in words or bool(os.environ.get("GPUCTL_DEBUG"))
     sys.exit(_run(words, debug=debug))
 
