@@ -116,7 +116,7 @@ def lost_worker(worker: Worker) -> WorkerLost:
 
 
 def keep_wanted(fleet: FleetState, worker: Worker, step: Step) -> None:
-    """What an unload leaves for a worker without a process: the host copy, if it stays."""
+    """What an unload leaves to a worker without a process: the host copy, or no context."""
     if step.suspend:
         worker.suspend_wanted = True
     elif step.target is Tier.HOST and step.model in fleet.layouts:
