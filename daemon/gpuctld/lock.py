@@ -14,8 +14,11 @@ from typing import TextIO
 from gpuctl.errors import Busy
 from gpuctl.paths import noted
 
-NOTED_S = 0.5
-"""The holder notes itself right behind taking the lock; until then an earlier one may be noted."""
+NOTED_S = 2.0
+"""The holder notes itself right behind taking the lock; until then an earlier one may be noted.
+
+Half a second was too short once in 500 times, when six other processes wanted the two cores.
+"""
 
 
 def acquire(path: Path) -> TextIO:
