@@ -80,7 +80,9 @@ def _risen(trial: Trial, down: dict[int, Struck], status: dict, now: float) -> l
             _set_faults(trial, down)
         if worker["state"] == "failed":
             trial.revived += 1
-            trial.arena.daemon.popen("load", MODEL, stdout=subprocess.DEVNULL)
+            trial.arena.daemon.popen(
+                "load", MODEL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             del down[worker["gpu"]]
             continue
         replaced = worker["state"] == "ready" and worker["pid"] != struck.pid
